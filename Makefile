@@ -1,0 +1,31 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test lint bench venv clean
+
+demo: venv  ## the main job: hospitals train and match with one command
+	$(BIN)/fedgestalt demo
+
+test: venv  ## all tests, the fast ones in parallel
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+lint: venv  ## format, lint, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: venv  ## performance claims, as ratios
+	$(BIN)/python -m pytest tests/benchmarks --benchmark-only -p no:xdist
+
+venv: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist

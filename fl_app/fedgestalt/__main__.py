@@ -1,0 +1,5 @@
+"""``python -m fedgestalt``."""
+
+from fedgestalt.cli import main
+
+main()

@@ -1,0 +1,292 @@
+"""The ``fedgestalt`` command: results on standard output, progress and faults on standard error."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from fedgestalt import RESEARCH_USE_ONLY, __version__
+from fedgestalt.errors import ConfigError, FedgestaltError, PluginError
+
+WORK_FAILED, CALL_WRONG = 1, 2
+_WRONG_CALLS = (ConfigError, PluginError)
+
+
+class _Group(click.Group):
+    """Turns errors into one sentence and an exit code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except FedgestaltError as error:
+            click.echo(f"fedgestalt: {error}", err=True)
+            ctx.exit(CALL_WRONG if isinstance(error, _WRONG_CALLS) else WORK_FAILED)
+        except KeyboardInterrupt:
+            click.echo("fedgestalt: interrupted; nothing was left half-written.", err=True)
+            ctx.exit(WORK_FAILED)
+        except BrokenPipeError:
+            sys.stderr.close()  # whoever read our output has gone: nothing to say, nobody to hear
+            ctx.exit(WORK_FAILED)
+        except OSError as error:
+            where = f"{error.filename}: " if error.filename else ""
+            click.echo(f"fedgestalt: {where}{error.strerror or error}.", err=True)
+            ctx.exit(WORK_FAILED)
+
+
+def _as_json(content: object) -> None:
+    click.echo(json.dumps(content, indent=1))
+
+
+_json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document.")
+
+
+@click.group(
+    cls=_Group, epilog=RESEARCH_USE_ONLY, context_settings={"help_option_names": ["-h", "--help"]}
+)
+@click.version_option(__version__, message="fedgestalt %(version)s")
+@click.option("-v", "--verbose", is_flag=True, help="Log to standard error.")
+def main(verbose: bool) -> None:
+    """Hospitals match rare-disease faces together, on NVIDIA FLARE."""
+    logging.basicConfig(level=logging.INFO if verbose else logging.ERROR, stream=sys.stderr)
+
+
+@main.command()
+@click.option(
+    "--cohort",
+    default="synthetic",
+    show_default=True,
+    help="A cohort plugin's name, or a folder in GMDB layout.",
+)
+@click.option("--sites", default=3, show_default=True, help="Number of hospitals.")
+@click.option(
+    "--split",
+    default="near-uniform",
+    show_default=True,
+    help="How subjects are dealt: near-uniform, non-overlapping or dirichlet.",
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=True),
+    default=Path("build/demo"),
+    show_default=True,
+    help="Folder for result.json and report.html.",
+)
+@click.option("--seed", default=1, show_default=True, help="First seed.")
+@click.option(
+    "--seeds", default=1, show_default=True, help="Repeat with so many seeds; tables become means."
+)
+def demo(cohort: str, sites: int, split: str, out: Path, seed: int, seeds: int) -> None:
+    """Run the main job: hospitals train and match on one machine, with a report."""
+    from fedgestalt.console import Steps
+    from fedgestalt.demo.run import DemoSettings, run_demo
+
+    if seeds < 1 or seed < 0:
+        raise ConfigError("--seeds must be 1 or more and --seed 0 or more")
+    steps = Steps()
+    chosen = tuple(range(seed, seed + seeds))
+    result = run_demo(DemoSettings(cohort, sites, split, out, chosen), steps)
+    steps.say()
+    for mode, tables in result.evaluation.items():
+        table = tables["frequent"]
+        shares = "  ".join(f"top-{k} {getattr(table, f'top{k}'):6.1%}" for k in (1, 5, 10))
+        steps.say(f"  {mode:12} {shares}")
+    steps.say(
+        f"\n[bold]{out / 'report.html'}[/bold] and result.json are ready. {RESEARCH_USE_ONLY}"
+    )
+
+
+@main.command()
+@_json_option
+def plugins(as_json: bool) -> None:
+    """List the installed plugins, where they come from, and which were left out."""
+    from fedgestalt.hooks import get_registry
+
+    registry = get_registry()
+    rows = [
+        {
+            "kind": entry.kind,
+            "name": entry.plugin.name,
+            "summary": entry.plugin.summary,
+            "licence": entry.plugin.licence,
+            "distribution": entry.distribution,
+            "version": entry.version,
+        }
+        for entry in registry.entries()
+    ]
+    problems = [vars(problem) for problem in registry.problems]
+    if as_json:
+        _as_json({"plugins": rows, "problems": problems})
+        return
+    _table(rows, ("kind", "name", "distribution", "version", "licence", "summary"))
+    for problem in registry.problems:
+        said = f"{problem.plugin} of {problem.distribution} was left out: {problem.reason}"
+        click.echo(f"fedgestalt: plugin {said}", err=True)
+
+
+def _table(rows: list[dict[str, str]], columns: tuple[str, ...]) -> None:
+    widths = {c: max([len(c), *(len(row[c]) for row in rows)]) for c in columns}
+    for row in [{c: c.upper() for c in columns}, *rows]:
+        click.echo("  ".join(row[c].ljust(widths[c]) for c in columns).rstrip())
+
+
+@main.group()
+def cohort() -> None:
+    """Build, split and check cohorts."""
+
+
+@cohort.command("build")
+@click.argument("name")
+@click.option("--out", type=click.Path(path_type=Path), required=True)
+def cohort_build(name: str, out: Path) -> None:
+    """Build the cohort NAME that a plugin brings into the new folder OUT."""
+    import shutil
+
+    from fedgestalt.cohort import default_cache, materialise, read_cohort
+    from fedgestalt.console import Steps
+    from fedgestalt.hooks import get_registry
+
+    source, steps = get_registry().cohorts.get(name), Steps()
+    _refuse_existing(out)
+    with steps.step("build", f"Building cohort {name}"):
+        root = materialise(source, default_cache(), lambda d, t: steps.note(f"{d} of {t} images"))
+        _write_folder(out, lambda partial: shutil.copytree(root, partial))
+    built = read_cohort(out, name=name)
+    click.echo(f"{out}: {len(built.images)} images of {len(built.subjects)} subjects")
+
+
+@cohort.command("split")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--sites", type=int, required=True, help="Number of silos, or more.")
+@click.option("--strategy", default="near-uniform", show_default=True)
+@click.option("--seed", default=1, show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), required=True)
+def cohort_split(folder: Path, sites: int, strategy: str, seed: int, out: Path) -> None:
+    """Deal the cohort in FOLDER to silos in the new folder OUT, by subject."""
+    from fedgestalt.cohort import read_cohort, split_cohort, write_silos
+
+    _refuse_existing(out)
+    names = [f"site-{number}" for number in range(1, sites + 1)]
+    silos = split_cohort(read_cohort(folder), names, strategy, seed)
+    write_silos(silos, out)
+    for name, silo in silos.items():
+        click.echo(f"{out / name}: {len(silo.images)} images of {len(silo.subjects)} subjects")
+
+
+@cohort.command("check")
+@click.argument("folder", type=click.Path(path_type=Path))
+@_json_option
+def cohort_check(folder: Path, as_json: bool) -> None:
+    """Check the cohort in FOLDER before anything runs; identifiers are not shown."""
+    from fedgestalt.cohort import check_cohort
+
+    findings = check_cohort(folder)
+    errors = [finding for finding in findings if finding.severity == "error"]
+    if as_json:
+        _as_json(
+            {"findings": [vars(f) | {"file": str(f.file)} for f in findings], "ok": not errors}
+        )
+    else:
+        for f in findings:
+            row = f", row {f.row}" if f.row else ""
+            click.echo(f"{f.severity}: {f.file}{row}: {f.what}; {f.remedy}.")
+        click.echo(f"{len(errors)} errors, {len(findings) - len(errors)} warnings")
+    if errors:
+        sys.exit(WORK_FAILED)
+
+
+def _refuse_existing(out: Path) -> None:
+    if out.exists():
+        raise ConfigError("exists already", where=str(out), remedy="name a new folder")
+
+
+def _write_folder(out: Path, write: Callable[[Path], object]) -> None:
+    import shutil
+    import tempfile
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    holder = Path(tempfile.mkdtemp(dir=out.parent, prefix=".partial-"))
+    try:
+        write(holder / "content")
+        (holder / "content").replace(out)
+    finally:
+        shutil.rmtree(holder, ignore_errors=True)
+
+
+@main.group()
+def job() -> None:
+    """List, render and explain the FLARE jobs that an administrator submits."""
+
+
+@job.command("list")
+@_json_option
+def job_list(as_json: bool) -> None:
+    """List the job templates."""
+    from fedgestalt.jobs import JOBS, template_folder
+
+    rows = [
+        {"name": name, "summary": spec.summary, "folder": str(template_folder() / name)}
+        for name, spec in JOBS.items()
+    ]
+    if as_json:
+        _as_json({"templates": rows})
+    else:
+        _table(rows, ("name", "summary", "folder"))
+
+
+@job.command("render")
+@click.argument("template")
+@click.option("--out", type=click.Path(path_type=Path), required=True)
+@click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="For example rounds=10 or ensemble.members.0.training.epochs=2.",
+)
+def job_render(template: str, out: Path, settings: tuple[str, ...]) -> None:
+    """Write TEMPLATE with your settings as a job folder that FLARE takes."""
+    from fedgestalt.jobs import MatchingJob, job_class, render_job, with_settings
+
+    pairs = [item.partition("=") for item in settings]
+    wrong = [key for key, sign, _ in pairs if not (key and sign)]
+    if wrong:
+        raise ConfigError(f"--set {wrong[0]!r} is not KEY=VALUE")
+    spec = with_settings(job_class(template)(), {key: value for key, _, value in pairs})
+    if isinstance(spec, MatchingJob) and not spec.ensemble:
+        raise ConfigError(
+            "a matching job needs the digest of a published ensemble",
+            remedy="add --set ensemble=DIGEST (the training job's outcome.json names it)",
+        )
+    render_job(spec, out)
+    click.echo(f"{out}: submit it with `nvflare job submit -j {out}`")
+
+
+@job.command("explain")
+@click.argument("folder", type=click.Path(path_type=Path))
+@_json_option
+def job_explain(folder: Path, as_json: bool) -> None:
+    """Say what the job in FOLDER would do."""
+    from fedgestalt.jobs import read_job
+
+    spec = read_job(folder)
+    fields = spec.model_dump(mode="json")
+    if as_json:
+        _as_json({"template": spec.template, "summary": spec.summary, "settings": fields})
+        return
+    click.echo(f"{spec.template}: {spec.summary}")
+    for name, info in type(spec).model_fields.items():
+        value = json.dumps(fields[name])
+        click.echo(f"  {name} = {value}" + (f"   # {info.description}" if info.description else ""))
+    click.echo(RESEARCH_USE_ONLY)
+
+
+@main.command()
+def version() -> None:
+    """Print the version."""
+    click.echo(__version__)

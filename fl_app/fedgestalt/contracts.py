@@ -1,0 +1,193 @@
+"""What a plugin is: the types that plugins implement and the core calls.
+
+A plugin module may import this module, :mod:`fedgestalt.errors` and :mod:`fedgestalt.hooks`;
+nothing else of the core is stable. Every kind of plugin carries the same four facts
+(:class:`Described`) and a pydantic model of its options, so that names, licences and settings are
+checked in one place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict
+
+if TYPE_CHECKING:
+    from torch import nn
+
+Pixels = NDArray[np.uint8]
+"""An RGB image, shape (height, width, 3)."""
+
+Progress = Callable[[int, int], None]
+"""Called with (done, total) while long work goes on."""
+
+FACE_SIZE = 112
+"""Side of an aligned face in pixels (the ArcFace template)."""
+
+
+class Options(BaseModel):
+    """Base of a plugin's options: unknown keys are errors, values never change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+@runtime_checkable
+class Described(Protocol):
+    """Facts every plugin states about itself."""
+
+    @property
+    def name(self) -> str:
+        """Unique within its kind: lower-case letters, digits and hyphens."""
+
+    @property
+    def summary(self) -> str:
+        """One line for ``fedgestalt plugins``."""
+
+    @property
+    def licence(self) -> str:
+        """SPDX expression of the code and, where there are any, of weights or data."""
+
+
+# --- backbones -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """How a backbone wants its pixels.
+
+    An aligned RGB face with values 0..255 becomes ``(x - offset) / scale``, resized to
+    ``size`` x ``size``, channels first, in the order ``channels``.
+    """
+
+    size: int = FACE_SIZE
+    offset: float = 127.5
+    scale: float = 127.5
+    channels: str = "rgb"
+
+
+@dataclass(frozen=True)
+class BackboneModules:
+    """A network in two parts, in evaluation mode.
+
+    Attributes:
+        trunk: (n, 3, size, size) float -> (n, *feature_shape); frozen unless a member asks.
+        neck: (n, *feature_shape) -> (n, embedding_size), not normalised.
+        input: what the trunk expects.
+        feature_shape: shape of one feature.
+        embedding_size: length of one encoding.
+        weights_licence: SPDX expression of the start weights; empty if they are random.
+    """
+
+    trunk: nn.Module
+    neck: nn.Module
+    input: InputSpec
+    feature_shape: tuple[int, ...]
+    embedding_size: int
+    weights_licence: str = ""
+
+
+@runtime_checkable
+class Backbone(Described, Protocol):
+    """A face network."""
+
+    @property
+    def options(self) -> type[Options]:
+        """Model of the options that :meth:`build` takes."""
+
+    def build(self, options: Any, seed: int) -> BackboneModules:
+        """Return the modules; random start weights are a function of ``seed`` alone.
+
+        Raises:
+            ConfigError: an option or a weights file does not fit.
+        """
+
+
+# --- preprocessing -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class AlignedFace:
+    """A face on the five-point template.
+
+    Attributes:
+        pixels: RGB, (112, 112, 3).
+        size: width of the face in the photograph, in its pixels.
+        turned: how many quarter turns counter-clockwise brought the photograph upright.
+    """
+
+    pixels: Pixels
+    size: float
+    turned: int = 0
+
+
+@runtime_checkable
+class Preprocessor(Described, Protocol):
+    """Finds the face in a photograph and brings it onto the template."""
+
+    @property
+    def options(self) -> type[Options]:
+        """Model of the options that :meth:`align` takes."""
+
+    def align(self, photograph: Pixels, options: Any) -> AlignedFace:
+        """Return the aligned face of an RGB photograph whose EXIF rotation is applied.
+
+        Raises:
+            DataError: no face, or one that is too small to encode.
+        """
+
+
+# --- matching ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Disclosure:
+    """What each party learns, in sentences that go into reports and documents unchanged."""
+
+    server_learns: str
+    sites_learn: str
+    asking_site_learns: str
+
+
+@runtime_checkable
+class MatchingStrategy(Described, Protocol):
+    """Masks encodings at a site so that a server without the seed can compare them."""
+
+    @property
+    def disclosure(self) -> Disclosure:
+        """What each party learns."""
+
+    def mask(self, encodings: NDArray[np.float32], seed: bytes) -> NDArray[np.floating]:
+        """Mask (n, f) encodings with the sites' common 32-byte ``seed``; returns (n, k)."""
+
+    def similarities(
+        self, queries: NDArray[np.floating], gallery: NDArray[np.floating]
+    ) -> NDArray[np.floating]:
+        """Cosine similarities (q, g) of masked rows; runs at the server, without the seed."""
+
+
+# --- cohorts -------------------------------------------------------------------------------------
+
+
+@runtime_checkable
+class CohortSource(Described, Protocol):
+    """A cohort that can be built from what a package ships."""
+
+    @property
+    def version(self) -> str:
+        """Changes whenever the content changes; names the folder in the cache."""
+
+    @property
+    def has_patients(self) -> bool:
+        """Whether pictures show real patients; only if not may a report show faces."""
+
+    def build(self, target: Path, progress: Progress) -> None:
+        """Write the whole cohort in GMDB layout into the existing, empty folder ``target``.
+
+        Raises:
+            DataError: what it is built from is missing or damaged.
+        """

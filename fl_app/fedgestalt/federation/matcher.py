@@ -1,0 +1,254 @@
+"""A site's side of the matching job."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedgestalt import RESEARCH_USE_ONLY
+from fedgestalt.contracts import MatchingStrategy
+from fedgestalt.errors import ConfigError, ServerError, SiteError
+from fedgestalt.federation import matching_workflow as tasks
+from fedgestalt.federation.matching_messages import (
+    ALL_ROWS,
+    MaskedRows,
+    MatchStart,
+    Ranked,
+    ReleasedRows,
+)
+from fedgestalt.federation.site import Handler, SiteExecutor
+from fedgestalt.hooks import get_registry
+from fedgestalt.learning.device import choose_device
+from fedgestalt.learning.encoding import encode
+from fedgestalt.learning.images import load_faces
+from fedgestalt.learning.store import load_ensemble
+from fedgestalt.messages import from_server
+from fedgestalt.similarity.evaluation import (
+    FREQUENT_GALLERY,
+    FREQUENT_TEST,
+    rank_tables,
+    rare_gallery,
+    rare_test,
+)
+from fedgestalt.similarity.kernel import (
+    Kernel,
+    KernelAgreement,
+    KernelFacts,
+    KernelKey,
+    KernelKeys,
+    SealedContributions,
+)
+from fedgestalt.similarity.labels import Label, new_handle, open_label, seal_label
+from fedgestalt.similarity.order import ImageOrder, image_order
+
+MATCHES_SCHEMA = "fedgestalt.matches/1"
+_NEIGHBOURS = 10
+
+
+class FlakeMatcher(SiteExecutor):
+    """Encodes the site's patients, masks them, and ranks the site's own queries."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._start: MatchStart | None = None
+        self._agreement: KernelAgreement | None = None
+        self._kernel: Kernel | None = None
+        self._handles: list[bytes] = []
+
+    def handlers(self) -> Mapping[str, Handler]:
+        """Tasks of the matching job."""
+        return {
+            tasks.KEYS: self._offer_key,
+            tasks.SEAL: self._seal,
+            tasks.ENCODE: self._encode,
+            tasks.RANK: self._rank,
+        }
+
+    def _offer_key(self, fields: object) -> KernelKey:
+        start = MatchStart.from_fields(fields, from_server)
+        limit, asked = self.settings.max_released_rows, start.released_rows
+        if asked == ALL_ROWS and not self.settings.evaluation_release:
+            raise SiteError(
+                "the job asks for an evaluation release, which this site does not allow",
+                where=self.site,
+                remedy="set evaluation_release in its fedgestalt.yaml, or lower released_rows",
+            )
+        if asked > limit:
+            raise SiteError(
+                f"the job asks for {asked} rows per query, this site releases {limit}",
+                where=self.site,
+                remedy="lower released_rows in the job",
+            )
+        self._strategy: MatchingStrategy = get_registry().matching.get(start.strategy)
+        if set(start.ensemble) - set("0123456789abcdef"):
+            raise ServerError("the ensemble is not named by a digest", where=self.site)
+        folder = self.store / "ensembles" / start.ensemble
+        self._ensemble, digest = load_ensemble(folder, get_registry())
+        if digest != start.ensemble:
+            raise ConfigError("the stored ensemble has another digest", where=str(folder))
+        self._rows = image_order(self.cohort)
+        facts = KernelFacts(self.job, start.ensemble, start.strategy, start.roster)
+        self._agreement = KernelAgreement(
+            self.site, facts, minimum_sites=self.settings.minimum_sites
+        )
+        self._start = start
+        return self._agreement.offer()
+
+    def _seal(self, fields: object) -> SealedContributions:
+        return self._agreed.seal(KernelKeys.from_fields(fields, from_server))
+
+    def _encode(self, fields: object) -> MaskedRows:
+        received = SealedContributions.from_fields(fields, from_server)
+        kernel = self._kernel = self._agreed.agree(received)
+        faces = load_faces(self.cohort.records(self._rows.image_ids))
+        encodings = encode(
+            self._ensemble,
+            faces,
+            choose_device(self.settings.device),
+            self.store / "cache",
+            self.progress.counter("encoding"),
+        )
+        masked = np.asarray(self._strategy.mask(encodings, kernel.masking_seed), np.float64)
+        self._handles = [new_handle() for _ in self._rows.image_ids]
+        sealed = [
+            seal_label(Label(int(syndrome), int(roles)), kernel, self.site, handle)
+            for syndrome, roles, handle in zip(
+                self._rows.syndromes, self._rows.roles, self._handles, strict=True
+            )
+        ]
+        return MaskedRows(
+            kernel.id, self._rows.queries, masked, _stack(self._handles), _stack(sealed)
+        )
+
+    def _rank(self, fields: object) -> Ranked:
+        released = ReleasedRows.from_fields(fields, from_server)
+        kernel, start = self._kernel, self._start
+        if kernel is None or start is None:
+            raise ServerError("scores came before a kernel was agreed", where=self.site)
+        released.check_sizes(self._rows.queries, len(start.roster), from_server)
+        write_matches(
+            self.store / "matches" / f"{kernel.id}.json",
+            self.site,
+            self._rows,
+            self._handles,
+            released,
+            open_labels(released, start.roster, kernel),
+            start.roster,
+        )
+        return Ranked(kernel.id)
+
+    @property
+    def _agreed(self) -> KernelAgreement:
+        if self._agreement is None:
+            raise ServerError("a matching phase came before its start", where=self.site)
+        return self._agreement
+
+
+def open_labels(released: ReleasedRows, roster: Sequence[str], kernel: Kernel) -> dict[int, Label]:
+    """Open the labels of all released rows, by row number.
+
+    Raises:
+        PeerError: one was altered or moved.
+    """
+    return {
+        int(row): open_label(
+            released.labels[row].tobytes(),
+            kernel,
+            roster[released.owners[row]],
+            released.handles[row].tobytes(),
+        )
+        for row in np.unique(released.columns)
+    }
+
+
+def write_matches(
+    target: Path,
+    site: str,
+    rows: ImageOrder,
+    own_handles: Sequence[bytes],
+    released: ReleasedRows,
+    labels: Mapping[int, Label],
+    roster: Sequence[str],
+) -> None:
+    """Rank the site's queries and store the result at the site."""
+    dense, syndromes, roles = dense_scores(released, labels)
+    queries = slice(0, rows.queries)
+    tables = rank_tables(
+        dense,
+        rows.syndromes[queries],
+        rows.roles[queries],
+        syndromes,
+        roles,
+    )
+    content: dict[str, Any] = {
+        "schema": MATCHES_SCHEMA,
+        "notice": RESEARCH_USE_ONLY,
+        "site": site,
+        "images": [
+            {"image": image_id, "handle": handle.hex()}
+            for image_id, handle in zip(rows.image_ids, own_handles, strict=True)
+        ],
+        "tables": [
+            {
+                "table": t.table,
+                "split": t.split,
+                "rows": t.rows.tolist(),
+                "ranks": t.ranks.tolist(),
+                "gallery": t.gallery,
+                "syndromes": t.syndromes,
+            }
+            for t in tables
+        ],
+        "neighbours": [
+            _neighbours(q, released, labels, roster) if asks else []
+            for q, asks in enumerate(rows.roles[queries] & (FREQUENT_TEST | rare_test(0)))
+        ],
+    }
+    target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    temporary = target.with_suffix(".partial")
+    temporary.write_text(json.dumps(content), encoding="utf-8")
+    temporary.chmod(0o600)
+    temporary.replace(target)
+
+
+def dense_scores(
+    released: ReleasedRows, labels: Mapping[int, Label]
+) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.uint32]]:
+    """Scores (queries, rows) with -inf where nothing was released, syndromes and roles by row."""
+    count = len(released.owners)
+    dense = np.full((len(released.columns), count), -np.inf, np.float32)
+    np.put_along_axis(dense, released.columns.astype(np.int64), released.scores, 1)
+    syndromes, roles = np.full(count, -1, np.int64), np.zeros(count, np.uint32)
+    for row, label in labels.items():
+        syndromes[row], roles[row] = label.syndrome, label.roles
+    return dense, syndromes, roles
+
+
+def _neighbours(
+    query: int, released: ReleasedRows, labels: Mapping[int, Label], roster: Sequence[str]
+) -> list[dict[str, Any]]:
+    """The nearest gallery images of one query of the first split."""
+    found: list[dict[str, Any]] = []
+    for row, score in zip(released.columns[query], released.scores[query], strict=True):
+        label = labels[int(row)]
+        if label.roles & (FREQUENT_GALLERY | rare_gallery(0)):
+            found.append(
+                {
+                    "handle": released.handles[row].tobytes().hex(),
+                    "site": roster[released.owners[row]],
+                    "syndrome": label.syndrome,
+                    "score": round(float(score), 6),
+                }
+            )
+            if len(found) == _NEIGHBOURS:
+                break
+    return found
+
+
+def _stack(items: Sequence[bytes]) -> NDArray[np.uint8]:
+    return np.frombuffer(b"".join(items), np.uint8).reshape(len(items), -1)

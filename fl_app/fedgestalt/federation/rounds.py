@@ -1,0 +1,108 @@
+"""What server and sites compute alike for one round: the number plan and its session."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedgestalt.errors import ServerError
+from fedgestalt.learning.ensemble import SharedState, shared_state_digest
+from fedgestalt.learning.spec import EnsembleSpec
+from fedgestalt.learning.training import MemberMetrics
+from fedgestalt.secagg import Aggregate, NumberPlan, SessionFacts, TensorPlan
+
+METRICS = "metrics/"
+"""Prefix of the tensors [loss, accuracy] that are summed under the masks with the update."""
+
+_STATISTICS = ("running_mean", "running_second_moment")
+_METRICS_RANGE = 16.0
+_MARGIN = 2.0
+
+
+def metric_names(spec: EnsembleSpec) -> list[str]:
+    """Tensor names of the metrics of all trained members."""
+    return [METRICS + member.name for member in spec.members if member.trainable != "none"]
+
+
+def with_metrics(
+    update: Mapping[str, NDArray[np.float32]], metrics: Mapping[str, MemberMetrics]
+) -> SharedState:
+    """An update together with its metrics."""
+    values = {METRICS + name: (m.loss, m.accuracy) for name, m in metrics.items()}
+    return {**update, **{name: np.array(pair, np.float32) for name, pair in values.items()}}
+
+
+def split_metrics(
+    mean: Mapping[str, NDArray[np.float32]],
+) -> tuple[SharedState, dict[str, dict[str, float]]]:
+    """Take an aggregate apart: mean update, and mean metrics by member."""
+    update = {name: values for name, values in mean.items() if not name.startswith(METRICS)}
+    metrics = {
+        name.removeprefix(METRICS): {"loss": float(values[0]), "accuracy": float(values[1])}
+        for name, values in mean.items()
+        if name.startswith(METRICS)
+    }
+    return update, metrics
+
+
+def first_ranges(state: SharedState, spec: EnsembleSpec) -> dict[str, float]:
+    """Ranges of the first round's deltas, from the start model; wide, for nothing is known yet."""
+    ranges = {}
+    for name, values in state.items():
+        floor = 64.0 if name.endswith(_STATISTICS) else 1.0
+        ranges[name] = max(floor, 2 * float(np.abs(values).max(initial=0)))
+    return ranges | dict.fromkeys(metric_names(spec), _METRICS_RANGE)
+
+
+def next_ranges(ranges: Mapping[str, float], aggregate: Aggregate) -> dict[str, float]:
+    """Ranges of the next round: twice the last mean update; four times wider where values clipped.
+
+    A function of what all parties know, so that every site can follow it.
+    """
+    result = {}
+    for name, bound in ranges.items():
+        largest = float(np.abs(aggregate.mean[name]).max(initial=0))
+        wanted = max(_MARGIN * largest, bound * 2.0**-10)
+        result[name] = bound * 4 if aggregate.clipped[name] else wanted
+    return result | {n: _METRICS_RANGE for n in ranges if n.startswith(METRICS)}
+
+
+def exponents_of(ranges: Mapping[str, float]) -> NDArray[np.int32]:
+    """Powers of two that hold the ranges, in the order of sorted names."""
+    return np.array([math.ceil(math.log2(ranges[name])) for name in sorted(ranges)], np.int32)
+
+
+def round_facts(
+    *,
+    job: str,
+    attempt: int,
+    round_number: int,
+    state: SharedState,
+    exponents: NDArray[np.int32],
+    max_weight: int,
+    roster: tuple[str, ...],
+    spec: EnsembleSpec,
+) -> SessionFacts:
+    """The facts of a round, from which every party computes the session digest itself.
+
+    Raises:
+        ServerError: the number of exponents does not fit the model.
+        PlanError: the sum could overflow.
+    """
+    shapes = {name: values.shape for name, values in state.items()}
+    shapes |= dict.fromkeys(metric_names(spec), (2,))
+    names = sorted(shapes)
+    if len(names) != len(exponents):
+        raise ServerError(f"{len(exponents)} ranges for {len(names)} tensors", where="round start")
+    if len(exponents) and not -126 <= int(exponents.min()) <= int(exponents.max()) <= 127:
+        raise ServerError("a range is outside that of float32", where="round start")
+    tensors = tuple(
+        TensorPlan(name, shapes[name], int(exponent))
+        for name, exponent in zip(names, exponents, strict=True)
+    )
+    plan = NumberPlan(len(roster), max_weight, tensors)
+    plan.check()
+    return SessionFacts(job, attempt, round_number, shared_state_digest(state), plan, roster)

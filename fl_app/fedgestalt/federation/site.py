@@ -1,0 +1,89 @@
+"""A site's side of any job: tasks to handlers, errors to sentences."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from nvflare.apis.executor import Executor
+from nvflare.apis.fl_constant import FLContextKey, ReturnCode
+from nvflare.apis.fl_context import FLContext
+from nvflare.apis.shareable import Shareable, make_reply
+from nvflare.apis.signal import Signal
+
+from fedgestalt.cohort import Cohort, read_cohort
+from fedgestalt.errors import FedgestaltError, SiteError
+from fedgestalt.federation.progress import ProgressLog
+from fedgestalt.federation.settings import SiteSettings, read_settings
+from fedgestalt.federation.wire import body, fault_reply, to_shareable
+from fedgestalt.messages import Message
+
+Handler = Callable[[object], Message]
+
+
+class SiteExecutor(Executor):
+    """Base of the project's executors; one object lives for one job at one site."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.site = self.job = ""
+        self._settings: SiteSettings | None = None
+        self._cohort: Cohort | None = None
+
+    def handlers(self) -> Mapping[str, Handler]:
+        """Functions that turn a task's unchecked fields into a reply, by task name."""
+        raise NotImplementedError
+
+    def execute(
+        self, task_name: str, shareable: Shareable, fl_ctx: FLContext, abort_signal: Signal
+    ) -> Shareable:
+        """Run one task; every error becomes a reply that the server can show."""
+        try:
+            if self._settings is None:
+                self._begin(fl_ctx)
+            handler = self.handlers().get(task_name)
+            if handler is None:
+                raise SiteError(f"it knows no task {task_name!r}", remedy="check its version")
+            reply = handler(body(shareable))
+        except FedgestaltError as error:
+            self.log_error(fl_ctx, str(error))
+            return fault_reply(error)
+        except Exception as error:  # noqa: BLE001  a site must always answer
+            self.log_exception(fl_ctx, f"unexpected error in task {task_name}")
+            return fault_reply(error)
+        if abort_signal.triggered:
+            return make_reply(ReturnCode.TASK_ABORTED)
+        return to_shareable(reply)
+
+    def _begin(self, fl_ctx: FLContext) -> None:
+        workspace = fl_ctx.get_prop(FLContextKey.WORKSPACE_OBJECT)
+        workspace = workspace or fl_ctx.get_engine().get_workspace()
+        self.site, self.job = fl_ctx.get_identity_name(), fl_ctx.get_job_id()
+        self.progress = ProgressLog(Path(workspace.get_run_dir(self.job)))
+        settings = read_settings(Path(workspace.get_site_config_dir()))
+        self.store = settings.store_folder(self.site)
+        try:
+            self.store.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError as error:
+            raise SiteError(f"its store cannot be written ({error.strerror})") from None
+        if not os.access(self.store, os.W_OK):
+            raise SiteError("its store cannot be written")
+        if settings.threads:
+            torch.set_num_threads(settings.threads)
+        self._settings = settings
+
+    @property
+    def settings(self) -> SiteSettings:
+        """This site's settings; read once per job."""
+        if self._settings is None:
+            raise SiteError("no task has started yet")
+        return self._settings
+
+    @property
+    def cohort(self) -> Cohort:
+        """This site's cohort; read and checked once per job."""
+        if self._cohort is None:
+            self._cohort = read_cohort(self.settings.data_folder(self.site), name=self.site)
+        return self._cohort

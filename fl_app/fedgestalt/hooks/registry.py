@@ -1,0 +1,225 @@
+"""The plugin manager: finds plugins, checks them, answers look-ups by name.
+
+Rules:
+
+- The core names no plugin; built-ins come through the same entry point as anybody's.
+- A plugin that cannot be loaded, or breaks a rule of its contract, is left out with a
+  :class:`Problem` that names it and says why. It never takes the program down.
+- A name claimed twice is served to nobody: which of the two would run, and see patient data, must
+  not depend on the order of installation.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import logging
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Final, Generic, TypeVar, cast
+
+import pluggy
+from pydantic import BaseModel, ValidationError
+
+from fedgestalt.contracts import (
+    Backbone,
+    CohortSource,
+    Described,
+    MatchingStrategy,
+    Options,
+    Preprocessor,
+)
+from fedgestalt.errors import ConfigError, PluginError, nearest
+from fedgestalt.hooks import specs
+
+log = logging.getLogger(__name__)
+
+PluginT = TypeVar("PluginT", bound=Described)
+_NAME: Final = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
+
+
+@dataclass(frozen=True)
+class Entry(Generic[PluginT]):
+    """One plugin and where it comes from."""
+
+    kind: str
+    plugin: PluginT
+    distribution: str
+    version: str
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A plugin that was left out, and why."""
+
+    plugin: str
+    distribution: str
+    reason: str
+
+
+class Catalogue(Generic[PluginT]):
+    """The plugins of one kind, by name."""
+
+    def __init__(
+        self,
+        kind: str,
+        entries: Mapping[str, Entry[PluginT]],
+        ambiguous: Mapping[str, tuple[str, ...]],
+    ) -> None:
+        self.kind = kind
+        self._entries = MappingProxyType(dict(entries))
+        self._ambiguous = MappingProxyType(dict(ambiguous))
+
+    def __iter__(self) -> Iterator[Entry[PluginT]]:
+        return iter(self._entries.values())
+
+    def names(self) -> tuple[str, ...]:
+        """All names that can be asked for, sorted."""
+        return tuple(sorted(self._entries))
+
+    def entry(self, name: str) -> Entry[PluginT]:
+        """Return the entry called ``name``.
+
+        Raises:
+            PluginError: nobody, or more than one distribution, provides it.
+        """
+        if name in self._ambiguous:
+            owners = " and ".join(self._ambiguous[name])
+            raise PluginError(
+                f"{self.kind} {name!r} is provided by {owners}", remedy="uninstall all but one"
+            )
+        if name not in self._entries:
+            raise PluginError(
+                f"no {self.kind} is called {name!r}", remedy=nearest(name, self.names())
+            )
+        return self._entries[name]
+
+    def get(self, name: str) -> PluginT:
+        """Return the plugin called ``name``; see :meth:`entry`."""
+        return self.entry(name).plugin
+
+
+class Registry:
+    """All plugins of this installation, loaded once.
+
+    Args:
+        entry_points: where to look; the installed ones of the group ``fedgestalt`` by default.
+    """
+
+    def __init__(self, entry_points: Iterable[importlib.metadata.EntryPoint] | None = None) -> None:
+        if entry_points is None:
+            entry_points = importlib.metadata.entry_points(group=specs.ENTRY_POINT_GROUP)
+        self.problems: list[Problem] = []
+        self._manager = pluggy.PluginManager(specs.ENTRY_POINT_GROUP)
+        self._manager.add_hookspecs(specs)
+        self._origin: dict[str, tuple[str, str]] = {}
+        for point in sorted(entry_points, key=lambda p: (p.name, p.value)):
+            self._load(point)
+        self.backbones: Catalogue[Backbone] = self._collect("backbone", "backbones", Backbone)
+        self.preprocessors: Catalogue[Preprocessor] = self._collect(
+            "preprocessor", "preprocessors", Preprocessor
+        )
+        self.matching: Catalogue[MatchingStrategy] = self._collect(
+            "matching strategy", "matching_strategies", MatchingStrategy
+        )
+        self.cohorts: Catalogue[CohortSource] = self._collect("cohort", "cohorts", CohortSource)
+        for problem in self.problems:
+            log.warning(
+                "plugin %s of %s left out: %s", problem.plugin, problem.distribution, problem.reason
+            )
+
+    def entries(self) -> list[Entry[Described]]:
+        """Every usable plugin, by kind and name."""
+        catalogues = (self.backbones, self.preprocessors, self.matching, self.cohorts)
+        found = [cast("Entry[Described]", entry) for catalogue in catalogues for entry in catalogue]
+        return sorted(found, key=lambda entry: (entry.kind, entry.plugin.name))
+
+    def _leave_out(self, plugin: str, distribution: str, reason: str) -> None:
+        self.problems.append(Problem(plugin, distribution, " ".join(reason.split())))
+
+    def _load(self, point: importlib.metadata.EntryPoint) -> None:
+        owner = point.dist
+        origin = (owner.name, owner.version) if owner else ("unknown distribution", "")
+        try:
+            self._manager.register(point.load(), name=point.name)
+            self._manager.check_pending()
+        except Exception as error:  # noqa: BLE001  a plugin may raise anything
+            if self._manager.has_plugin(point.name):
+                self._manager.unregister(name=point.name)
+            self._leave_out(point.name, origin[0], f"{type(error).__name__}: {error}")
+            return
+        self._origin[point.name] = origin
+
+    def _collect(self, kind: str, hook: str, contract: Any) -> Catalogue[PluginT]:
+        found: dict[str, list[Entry[PluginT]]] = {}
+        caller: pluggy.HookCaller = getattr(self._manager.hook, f"fedgestalt_{hook}")
+        for impl in caller.get_hookimpls():
+            distribution, version = self._origin[impl.plugin_name]
+            try:
+                plugins: list[Any] = list(cast("Iterable[Any]", impl.function()))
+            except Exception as error:  # noqa: BLE001  a plugin may raise anything
+                reason = f"{type(error).__name__} in fedgestalt_{hook}: {error}"
+                self._leave_out(impl.plugin_name, distribution, reason)
+                continue
+            for plugin in plugins:
+                fault = _fault(plugin, contract)
+                if fault:
+                    self._leave_out(impl.plugin_name, distribution, f"a {kind}: {fault}")
+                else:
+                    entry = Entry(kind, plugin, distribution, version)
+                    found.setdefault(plugin.name, []).append(entry)
+        ambiguous = {n: tuple(e.distribution for e in es) for n, es in found.items() if len(es) > 1}
+        for name, owners in ambiguous.items():
+            reason = f"{kind} {name!r} is provided more than once"
+            self._leave_out(name, " and ".join(owners), reason)
+        single = {name: entries[0] for name, entries in sorted(found.items()) if len(entries) == 1}
+        return Catalogue(kind, single, ambiguous)
+
+
+def _fault(plugin: Any, contract: Any) -> str:
+    """Why ``plugin`` breaks its contract, or an empty string."""
+    if not isinstance(plugin, contract):
+        needed = {name for name in dir(contract) if not name.startswith("_")}
+        missing = sorted(name for name in needed if not hasattr(plugin, name))
+        return f"{type(plugin).__name__} lacks {', '.join(missing)}"
+    if not _NAME.fullmatch(plugin.name):
+        return f"name {plugin.name!r} is not lower-case letters, digits and hyphens"
+    empty = [fact for fact in ("summary", "licence") if not getattr(plugin, fact)]
+    return f"{plugin.name!r} states no {' and no '.join(empty)}" if empty else ""
+
+
+ModelT = TypeVar("ModelT", bound=BaseModel)
+
+
+def read_options(model: type[ModelT], values: Mapping[str, object], *, where: str) -> ModelT:
+    """Validate ``values`` against a pydantic model.
+
+    Raises:
+        ConfigError: one sentence about the first fault; an unknown key names the nearest known one.
+    """
+    try:
+        return model.model_validate(dict(values))
+    except ValidationError as error:
+        raise config_error(error, model, where) from None
+
+
+def config_error(error: ValidationError, model: type[BaseModel], where: str) -> ConfigError:
+    """One sentence for the first fault that pydantic found."""
+    first = error.errors(include_url=False)[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        known: Iterable[str] = model.model_fields if len(first["loc"]) == 1 else ()
+        remedy = nearest(key, known) if known else "remove it"
+        return ConfigError(f"unknown key {key!r}", where=where, remedy=remedy)
+    return ConfigError(f"{key or 'value'}: {first['msg']}", where=where)
+
+
+@functools.cache
+def get_registry() -> Registry:
+    """The registry of the installed plugins."""
+    return Registry()
+
+
+__all__ = ["Catalogue", "Entry", "Options", "Problem", "Registry", "get_registry", "read_options"]

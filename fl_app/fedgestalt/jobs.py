@@ -1,0 +1,255 @@
+"""Job specifications, and the FLARE job folders that they are rendered to and read back from.
+
+A job folder is ``meta.json`` and ``app/config/config_fed_{server,client}.json``. Components are
+named by ``path`` and come from ``fedgestalt`` alone, so that a site's class allow list needs one
+entry; plugins are chosen by name inside arguments.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import yaml
+from pydantic import Field
+
+from fedgestalt import RESEARCH_USE_ONLY
+from fedgestalt.errors import ConfigError, nearest
+from fedgestalt.hooks.registry import read_options
+from fedgestalt.learning.spec import EnsembleSpec, Spec, default_ensemble
+
+_META, _SERVER, _CLIENT = (
+    Path("meta.json"),
+    Path("app/config/config_fed_server.json"),
+    Path("app/config/config_fed_client.json"),
+)
+_TASK_REQUEST_SECONDS = 0.1
+
+
+class JobSpec(Spec):
+    """What every job says."""
+
+    template: ClassVar[str]
+    summary: ClassVar[str]
+    workflow: ClassVar[str]
+    executor: ClassVar[str]
+
+    sites: tuple[str, ...] = Field(default=(), description="who must take part; empty: all sites")
+    minimum_sites: int = Field(default=3, ge=3, description="FLARE starts the job with as many")
+    phase_limit_seconds: float = Field(default=3600.0, gt=0, description="for one site's phase")
+
+    def workflow_arguments(self) -> dict[str, Any]:
+        """Arguments of the workflow."""
+        raise NotImplementedError
+
+    def executor_arguments(self) -> dict[str, Any]:
+        """Arguments of the sites' executor."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_arguments(cls, arguments: Mapping[str, Any], minimum_sites: int) -> dict[str, Any]:
+        """Fields of the specification from the workflow's arguments."""
+        return {**arguments, "minimum_sites": minimum_sites}
+
+
+class TrainingJob(JobSpec):
+    """Train the global ensemble under zero-sum masks."""
+
+    template: ClassVar[str] = "train_ensemble"
+    summary: ClassVar[str] = "train the global ensemble under zero-sum masks"
+    workflow: ClassVar[str] = "fedgestalt.federation.training_workflow.EnsembleTrainingWorkflow"
+    executor: ClassVar[str] = "fedgestalt.federation.trainer.EnsembleTrainer"
+
+    ensemble: EnsembleSpec = Field(default_factory=default_ensemble)
+    rounds: int = Field(default=6, ge=1, le=10_000)
+    max_images_per_site: int = Field(
+        default=4096, ge=2, description="public bound on a site's training images"
+    )
+
+    def workflow_arguments(self) -> dict[str, Any]:
+        """See :class:`JobSpec`."""
+        fields = self.model_dump(mode="json", exclude={"minimum_sites"})
+        return {**fields, "aggregator_id": "aggregator"}
+
+    def executor_arguments(self) -> dict[str, Any]:
+        """See :class:`JobSpec`."""
+        return {"ensemble": self.ensemble.model_dump(mode="json")}
+
+    @classmethod
+    def from_arguments(cls, arguments: Mapping[str, Any], minimum_sites: int) -> dict[str, Any]:
+        """See :class:`JobSpec`."""
+        fields = {k: v for k, v in arguments.items() if k != "aggregator_id"}
+        return {**fields, "minimum_sites": minimum_sites}
+
+
+class MatchingJob(JobSpec):
+    """Rank syndromes across hospitals through a privacy-preserving kernel."""
+
+    template: ClassVar[str] = "match"
+    summary: ClassVar[str] = "rank syndromes across hospitals through the FLAKE kernel"
+    workflow: ClassVar[str] = "fedgestalt.federation.matching_workflow.FlakeSimilarityWorkflow"
+    executor: ClassVar[str] = "fedgestalt.federation.matcher.FlakeMatcher"
+
+    ensemble: str = Field(
+        default="", pattern=r"^([0-9a-f]{64})?$", description="digest of a published ensemble"
+    )
+    strategy: str = Field(default="isometry", description="name of a matching strategy plugin")
+    released_rows: int = Field(
+        default=200, ge=0, description="best rows per query; 0 releases all, for evaluations"
+    )
+    keep_gram: bool = Field(default=False, description="leave the Gram matrix at the server")
+
+    def workflow_arguments(self) -> dict[str, Any]:
+        """See :class:`JobSpec`."""
+        return self.model_dump(mode="json", exclude={"minimum_sites"})
+
+    def executor_arguments(self) -> dict[str, Any]:
+        """See :class:`JobSpec`."""
+        return {}
+
+
+JOBS: Mapping[str, type[JobSpec]] = {job.template: job for job in (TrainingJob, MatchingJob)}
+
+
+def template_folder() -> Path:
+    """Where the job templates are: inside the wheel, or beside the sources."""
+    installed = Path(__file__).parent / "job_templates"
+    return installed if installed.is_dir() else Path(__file__).parents[2] / "job_templates"
+
+
+def job_class(template: str) -> type[JobSpec]:
+    """Return the specification behind a template.
+
+    Raises:
+        ConfigError: there is no such template.
+    """
+    if template not in JOBS:
+        raise ConfigError(f"no job template is called {template!r}", remedy=nearest(template, JOBS))
+    return JOBS[template]
+
+
+JobT = TypeVar("JobT", bound=JobSpec)
+
+
+def with_settings(job: JobT, settings: Mapping[str, str]) -> JobT:
+    """Change a job by ``key=value`` pairs; keys are dotted, values YAML.
+
+    Raises:
+        ConfigError: a key is unknown or a value wrong.
+    """
+    fields: dict[str, Any] = job.model_dump(mode="json")
+    where = f"settings of job {job.template}"
+    for key, value in settings.items():
+        place: Any = fields
+        *parents, last = key.split(".")
+        for part in parents:
+            place = _descend(place, part, key, where)
+        index: Any = int(last) if isinstance(place, list) and last.isdigit() else last
+        if isinstance(place, list) and (not isinstance(index, int) or index >= len(place)):
+            raise ConfigError(f"{key!r} names no item of its list", where=where)
+        try:
+            place[index] = yaml.safe_load(value)
+        except (yaml.YAMLError, TypeError):
+            raise ConfigError(f"{key!r} cannot be set to {value!r}", where=where) from None
+    return read_options(type(job), fields, where=where)
+
+
+def _descend(place: Any, part: str, key: str, where: str) -> Any:
+    if isinstance(place, list) and part.isdigit() and int(part) < len(place):
+        return place[int(part)]
+    if isinstance(place, dict) and part in place:
+        return place[part]
+    known = place if isinstance(place, dict) else ()
+    raise ConfigError(f"unknown key {part!r} in {key!r}", where=where, remedy=nearest(part, known))
+
+
+def render_job(job: JobSpec, folder: Path, name: str = "") -> None:
+    """Write ``job`` as a FLARE job folder.
+
+    Raises:
+        ConfigError: the folder exists or cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True)
+        for relative, content in _job_files(job, name or job.template).items():
+            path = folder / relative
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    except FileExistsError:
+        raise ConfigError("exists already", where=str(folder), remedy="name a new folder") from None
+    except OSError as error:
+        raise ConfigError(f"cannot be written ({error.strerror})", where=str(folder)) from None
+
+
+def _job_files(job: JobSpec, name: str) -> dict[Path, dict[str, Any]]:
+    meta = {
+        "name": name,
+        "notice": RESEARCH_USE_ONLY,
+        "min_clients": max(job.minimum_sites, len(job.sites)),
+        "resource_spec": {},
+        "deploy_map": {"app": ["server", *job.sites] if job.sites else ["@ALL"]},
+    }
+    workflow = {"id": job.template, "path": job.workflow, "args": job.workflow_arguments()}
+    components = []
+    if isinstance(job, TrainingJob):
+        path = "fedgestalt.federation.aggregator.ZeroSumMaskAggregator"
+        components.append({"id": "aggregator", "path": path, "args": {}})
+    server = {
+        "format_version": 2,
+        "server": {"task_request_interval": _TASK_REQUEST_SECONDS},
+        "task_data_filters": [],
+        "task_result_filters": [],
+        "components": components,
+        "workflows": [workflow],
+    }
+    executor = {"path": job.executor, "args": job.executor_arguments()}
+    client = {
+        "format_version": 2,
+        "executors": [{"tasks": ["fgm_*"], "executor": executor}],
+        "task_data_filters": [],
+        "task_result_filters": [],
+        "components": [],
+    }
+    return {_META: meta, _SERVER: server, _CLIENT: client}
+
+
+def read_job(folder: Path) -> JobSpec:
+    """Read a job folder back.
+
+    Raises:
+        ConfigError: it is no job folder of this project, or differs from what its
+            specification renders to.
+    """
+    files = {relative: _read_json(folder / relative) for relative in (_META, _SERVER, _CLIENT)}
+    workflows = files[_SERVER].get("workflows") or [{}]
+    path = workflows[0].get("path")
+    known = {job.workflow: job for job in JOBS.values()}
+    if path not in known:
+        raise ConfigError("is no job of this project", where=str(folder / _SERVER))
+    job_type = known[path]
+    minimum = files[_META].get("min_clients", 3)
+    fields = job_type.from_arguments(workflows[0].get("args", {}), minimum)
+    job = read_options(job_type, fields, where=str(folder / _SERVER))
+    for relative, expected in _job_files(job, str(files[_META].get("name"))).items():
+        if files[relative] != expected:
+            keys = sorted(k for k in expected if files[relative].get(k) != expected[k])
+            raise ConfigError(
+                f"{', '.join(keys) or 'an extra key'} differs from what the job says elsewhere",
+                where=str(folder / relative),
+                remedy="render the job again with `fedgestalt job render`",
+            )
+    return job
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise ConfigError("is missing: this is no job folder", where=str(path)) from None
+    except ValueError:
+        raise ConfigError("is not JSON", where=str(path)) from None
+    if not isinstance(content, dict):
+        raise ConfigError("is not a JSON object", where=str(path))
+    return content

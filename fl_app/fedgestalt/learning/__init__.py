@@ -1,0 +1,1 @@
+"""The ensemble: specification, modules, local training, encoding. Knows nothing of federation."""

@@ -1,0 +1,204 @@
+"""The ensemble as torch modules, and its shared state as plain arrays.
+
+*Shared state* is what training changes and sites aggregate: parameters, and the running statistics
+of BatchNorm as mean and **second moment**. A weighted mean of second moments gives the exact pooled
+variance, ``var = E[x^2] - E[x]^2``; a mean of variances would not. ``num_batches_tracked`` never
+travels: it would tell how many images a site has.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from fedgestalt.contracts import InputSpec
+from fedgestalt.errors import ConfigError
+from fedgestalt.hooks.registry import Registry, read_options
+from fedgestalt.learning.augment import TEST_VARIANTS
+from fedgestalt.learning.spec import EnsembleSpec, MemberSpec
+
+SharedState = dict[str, NDArray[np.float32]]
+
+_MEAN, _VARIANCE, _SECOND_MOMENT = "running_mean", "running_var", "running_second_moment"
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+
+
+class Member(nn.Module):
+    """One network: trunk, neck and, while training, a classifier on the encoding."""
+
+    def __init__(
+        self,
+        spec: MemberSpec,
+        trunk: nn.Module,
+        neck: nn.Module,
+        head: nn.Module,
+        input_spec: InputSpec,
+        feature_shape: tuple[int, ...],
+        embedding_size: int,
+    ) -> None:
+        super().__init__()
+        self.spec, self.input, self.feature_shape = spec, input_spec, feature_shape
+        self.embedding_size = embedding_size
+        self.trunk, self.neck, self.head = trunk, neck, head
+        self.trunk_digest = state_digest(trunk)
+
+    @property
+    def trained_parts(self) -> dict[str, nn.Module]:
+        """The modules that training changes, by name; empty for an untouched member."""
+        parts = {"none": (), "neck": ("neck", "head"), "all": ("trunk", "neck", "head")}
+        return {name: getattr(self, name) for name in parts[self.spec.trainable]}
+
+    @property
+    def trunk_is_frozen(self) -> bool:
+        """Whether the trunk's features may be cached."""
+        return self.spec.trainable != "all"
+
+
+@dataclass(frozen=True)
+class Ensemble:
+    """All members, for one number of classes."""
+
+    spec: EnsembleSpec
+    members: tuple[Member, ...]
+    classes: int
+
+    @property
+    def encoding_size(self) -> int:
+        """Length of a concatenated encoding."""
+        return sum(member.embedding_size for member in self.members) * len(TEST_VARIANTS)
+
+    @property
+    def start_digest(self) -> str:
+        """SHA-256 over specification, classes and all frozen and start weights, hexadecimal.
+
+        Two sites with equal digests start from the same model.
+        """
+        parts = [self.spec.digest, str(self.classes)]
+        parts += [state_digest(member) for member in self.members]
+        return hashlib.sha256("|".join(parts).encode()).hexdigest()
+
+    def digest(self, state: Mapping[str, NDArray[np.float32]]) -> str:
+        """SHA-256 over the frozen parts and a shared state, hexadecimal."""
+        frozen = [member.trunk_digest for member in self.members]
+        parts = "|".join([self.spec.digest, *frozen, shared_state_digest(state).hex()])
+        return hashlib.sha256(parts.encode()).hexdigest()
+
+
+def build_ensemble(spec: EnsembleSpec, classes: int, registry: Registry) -> Ensemble:
+    """Build the start model: a function of specification, classes and installed weights alone.
+
+    Raises:
+        PluginError: a backbone is not installed.
+        ConfigError: its options are wrong.
+    """
+    members = []
+    for index, member in enumerate(spec.members):
+        backbone = registry.backbones.get(member.backbone)
+        options = read_options(
+            backbone.options, member.options, where=f"options of ensemble member {member.name!r}"
+        )
+        modules = backbone.build(options, spec.seed + index)
+        dropout = nn.Dropout(member.training.dropout)
+        head = nn.Sequential(dropout, _linear(modules.embedding_size, classes, spec.seed + index))
+        members.append(
+            Member(
+                member,
+                modules.trunk.eval(),
+                modules.neck.eval(),
+                head.eval(),
+                modules.input,
+                modules.feature_shape,
+                modules.embedding_size,
+            )
+        )
+    return Ensemble(spec, tuple(members), classes)
+
+
+def _linear(inputs: int, outputs: int, seed: int) -> nn.Linear:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        layer = nn.Linear(inputs, outputs)
+    with torch.no_grad():
+        layer.weight.normal_(0, inputs**-0.5, generator=generator)
+        layer.bias.zero_()
+    return layer
+
+
+def _entries(member: Member) -> Iterator[tuple[str, torch.Tensor, nn.Module, str]]:
+    """Name, tensor, owning module and local name of everything that is shared."""
+    for part, root in member.trained_parts.items():
+        for path, module in root.named_modules():
+            prefix = f"{member.spec.name}/{part}/{path}." if path else f"{member.spec.name}/{part}/"
+            for local, parameter in module.named_parameters(recurse=False):
+                yield prefix + local, parameter, module, local
+            if isinstance(module, _NORMS) and module.track_running_stats:
+                for local in (_MEAN, _VARIANCE):
+                    yield prefix + local, getattr(module, local), module, local
+
+
+def read_shared_state(ensemble: Ensemble) -> SharedState:
+    """Copy the shared state out of the modules."""
+    state: SharedState = {}
+    with torch.no_grad():
+        for member in ensemble.members:
+            for name, tensor, module, local in _entries(member):
+                values = tensor.detach().float()
+                key = name
+                if local == _VARIANCE:
+                    values = values + getattr(module, _MEAN).float() ** 2
+                    key = name.removesuffix(_VARIANCE) + _SECOND_MOMENT
+                state[key] = values.cpu().numpy().copy()
+    return state
+
+
+def write_shared_state(ensemble: Ensemble, state: Mapping[str, NDArray[np.float32]]) -> None:
+    """Copy a shared state into the modules.
+
+    Raises:
+        ConfigError: names or shapes differ; the modules are unchanged then.
+    """
+    current = read_shared_state(ensemble)
+    if current.keys() != state.keys():
+        differing = sorted(current.keys() ^ state.keys())
+        raise ConfigError(f"the model and the received state differ in tensor {differing[0]!r}")
+    for name, values in state.items():
+        if values.shape != current[name].shape:
+            raise ConfigError(
+                f"tensor {name!r} has shape {values.shape}, not {current[name].shape}"
+            )
+    with torch.no_grad():
+        for member in ensemble.members:
+            for name, tensor, _, local in _entries(member):
+                if local == _VARIANCE:
+                    stem = name.removesuffix(_VARIANCE)
+                    mean = state[stem + _MEAN].astype(np.float64)
+                    spread = state[stem + _SECOND_MOMENT] - mean**2
+                    values = np.maximum(spread, 0).astype(np.float32)
+                else:
+                    values = state[name]
+                tensor.copy_(torch.from_numpy(np.ascontiguousarray(values)))
+
+
+def shared_state_digest(state: Mapping[str, NDArray[np.float32]]) -> bytes:
+    """SHA-256 over names, shapes and values, 32 bytes."""
+    total = hashlib.sha256()
+    for name, values in sorted(state.items()):
+        total.update(f"{name}|{values.shape};".encode())
+        total.update(np.ascontiguousarray(values, "<f4").tobytes())
+    return total.digest()
+
+
+def state_digest(module: nn.Module) -> str:
+    """SHA-256 over a module's parameters and buffers, hexadecimal."""
+    state = {
+        name: tensor.detach().float().cpu().numpy()
+        for name, tensor in module.state_dict().items()
+        if not name.endswith("num_batches_tracked")
+    }
+    return shared_state_digest(state).hex()

@@ -1,0 +1,87 @@
+"""Ensembles on disk: ``ensemble.json`` and ``weights.safetensors``, checked by digest."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from fedgestalt import RESEARCH_USE_ONLY, __version__
+from fedgestalt.errors import ConfigError, SiteError
+from fedgestalt.hooks.registry import Registry, read_options
+from fedgestalt.learning.ensemble import (
+    Ensemble,
+    SharedState,
+    build_ensemble,
+    write_shared_state,
+)
+from fedgestalt.learning.spec import EnsembleSpec
+
+_SCHEMA = "fedgestalt.ensemble/1"
+_MANIFEST, _WEIGHTS = "ensemble.json", "weights.safetensors"
+
+
+def save_ensemble(folder: Path, ensemble: Ensemble, state: SharedState) -> str:
+    """Store an ensemble's specification and shared state; returns its digest.
+
+    Frozen parts come from the installed plugins again, checked by digest.
+
+    Raises:
+        SiteError: the folder cannot be written.
+    """
+    digest = ensemble.digest(state)
+    manifest = {
+        "schema": _SCHEMA,
+        "notice": RESEARCH_USE_ONLY,
+        "fedgestalt": __version__,
+        "digest": digest,
+        "classes": ensemble.classes,
+        "spec": ensemble.spec.model_dump(mode="json"),
+    }
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".ensemble-"))
+        try:
+            (temporary / _MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+            save_file(state, temporary / _WEIGHTS)
+            if folder.exists():
+                shutil.rmtree(folder)
+            temporary.replace(folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    except OSError as error:
+        raise SiteError(f"the ensemble cannot be stored ({error.strerror})") from None
+    return digest
+
+
+def load_ensemble(folder: Path, registry: Registry) -> tuple[Ensemble, str]:
+    """Load an ensemble; returns it with its digest.
+
+    Raises:
+        SiteError: there is none in ``folder``.
+        ConfigError: it is damaged, or the installed plugins give another model than was stored.
+    """
+    try:
+        manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+        state = load_file(folder / _WEIGHTS)
+    except FileNotFoundError:
+        raise SiteError("this site does not hold the ensemble that the job names") from None
+    except (OSError, ValueError, SafetensorError):
+        raise ConfigError("the stored ensemble is damaged", where=str(folder)) from None
+    if not isinstance(manifest, dict) or manifest.get("schema") != _SCHEMA:
+        raise ConfigError(f"its manifest is not {_SCHEMA}", where=str(folder))
+    spec = read_options(EnsembleSpec, manifest["spec"], where=str(folder))
+    ensemble = build_ensemble(spec, int(manifest["classes"]), registry)
+    write_shared_state(ensemble, state)
+    digest = ensemble.digest(state)
+    if digest != manifest["digest"]:
+        raise ConfigError(
+            "the stored ensemble does not have the digest it names",
+            where=str(folder),
+            remedy="install the plugin versions it was trained with, or fetch it again",
+        )
+    return ensemble, digest

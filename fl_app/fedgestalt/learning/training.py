@@ -1,0 +1,212 @@
+"""Local training of every member at one site.
+
+A round starts from the global state, trains each trainable member for its local epochs and returns
+the new state. Members with a frozen trunk train on cached features of variants that were drawn
+once; the others draw fresh variants each epoch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from fedgestalt.errors import SiteError
+from fedgestalt.learning.augment import draw_variants, training_variant
+from fedgestalt.learning.device import trunk_dtype
+from fedgestalt.learning.ensemble import (
+    Ensemble,
+    Member,
+    SharedState,
+    read_shared_state,
+    write_shared_state,
+)
+from fedgestalt.learning.features import trunk_features
+from fedgestalt.learning.images import Faces, to_input
+
+MemberProgress = Callable[[str, int, int], None]
+"""Called with (member, epochs or images done, total)."""
+
+
+def show_nothing(member: str, done: int, total: int) -> None:
+    """Show no progress."""
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """What a site trains on.
+
+    Attributes:
+        faces: (n, 112, 112, 3).
+        targets: (n,) class indices.
+        classes: number of classes of the consortium.
+    """
+
+    faces: Faces
+    targets: NDArray[np.int64]
+    classes: int
+
+
+@dataclass(frozen=True)
+class MemberMetrics:
+    """Means over the last local epoch, dropout and augmentation on."""
+
+    loss: float
+    accuracy: float
+
+
+@dataclass
+class LocalTrainer:
+    """Trains one ensemble on one set, round by round.
+
+    Attributes:
+        ensemble: its modules are changed by every round.
+        data: the site's training set.
+        device: to compute on.
+        seed: of augmentation and batch order; differs between sites.
+        cache: folder for trunk features; None keeps them in memory.
+        features: trunk features by member; computed in the first round unless given.
+    """
+
+    ensemble: Ensemble
+    data: TrainingSet
+    device: torch.device
+    seed: int
+    cache: Path | None = None
+    features: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if len(self.data.targets) < 2:
+            raise SiteError(
+                f"{len(self.data.targets)} training images, at least 2 are needed",
+                remedy="this site can match without training: leave it out of the training roster",
+            )
+
+    def prepare(self, progress: MemberProgress = show_nothing) -> None:
+        """Compute, or find in the cache, the features of all members with a frozen trunk."""
+        for index, member in enumerate(self.ensemble.members):
+            if member.trained_parts and member.trunk_is_frozen:
+                self._features(member, index, progress)
+
+    def run_round(
+        self,
+        state: Mapping[str, NDArray[np.float32]],
+        round_number: int,
+        progress: MemberProgress = show_nothing,
+    ) -> tuple[SharedState, dict[str, MemberMetrics]]:
+        """Train all trainable members from ``state``; return the new state and their metrics."""
+        write_shared_state(self.ensemble, state)
+        metrics: dict[str, MemberMetrics] = {}
+        for index, member in enumerate(self.ensemble.members):
+            if member.trained_parts:
+                rng = np.random.default_rng([self.seed, round_number, index])
+                metrics[member.spec.name] = self._train(member, index, rng, progress)
+        return read_shared_state(self.ensemble), metrics
+
+    def _train(
+        self, member: Member, index: int, rng: np.random.Generator, progress: MemberProgress
+    ) -> MemberMetrics:
+        settings, name = member.spec.training, member.spec.name
+        batches = self._batches(member, index, rng, progress)
+        targets = torch.from_numpy(self.data.targets).to(self.device)
+        weights = class_weights(self.data.targets, self.data.classes).to(self.device)
+        loss_of = nn.CrossEntropyLoss(weights, label_smoothing=settings.label_smoothing)
+        body = [p for k, m in member.trained_parts.items() if k != "head" for p in m.parameters()]
+        optimiser = torch.optim.Adam(
+            [
+                {
+                    "params": body,
+                    "lr": settings.learning_rate,
+                    "weight_decay": settings.weight_decay,
+                },
+                {
+                    "params": list(member.head.parameters()),
+                    "lr": settings.head_learning_rate,
+                    "weight_decay": settings.head_weight_decay,
+                },
+            ],
+        )
+        member.to(self.device)
+        for module in member.trained_parts.values():
+            module.train()
+        losses, correct, seen = 0.0, 0, 0
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(rng.integers(2**62)))
+            for epoch in range(settings.epochs):
+                losses, correct, seen = 0.0, 0, 0
+                for rows, features in batches():
+                    expected = targets[rows]
+                    logits = member.head(member.neck(features).float())
+                    loss = loss_of(logits, expected)
+                    optimiser.zero_grad(set_to_none=True)
+                    loss.backward()
+                    optimiser.step()
+                    losses += float(loss.detach()) * len(rows)
+                    correct += int((logits.detach().argmax(1) == expected).sum())
+                    seen += len(rows)
+                progress(name, epoch + 1, settings.epochs)
+        member.eval()
+        return MemberMetrics(losses / seen, correct / seen)
+
+    def _batches(
+        self, member: Member, index: int, rng: np.random.Generator, progress: MemberProgress
+    ) -> Callable[[], Iterator[tuple[NDArray[np.int64], torch.Tensor]]]:
+        """A function that yields (rows, trunk features) of one epoch."""
+        count, size = len(self.data.targets), member.spec.training.batch_size
+
+        def from_cache() -> Iterator[tuple[NDArray[np.int64], torch.Tensor]]:
+            features = self._features(member, index, progress)
+            for rows in shuffled_batches(count, size, rng):
+                chosen = rng.integers(0, features.shape[1], len(rows))
+                yield rows, features[rows, chosen].to(self.device).float()
+
+        def fresh() -> Iterator[tuple[NDArray[np.int64], torch.Tensor]]:
+            dtype = trunk_dtype(self.device)
+            for rows in shuffled_batches(count, size, rng):
+                faces = np.stack([training_variant(face, rng) for face in self.data.faces[rows]])
+                images = to_input(faces, member.input, self.device, torch.float32)
+                images = images.contiguous(memory_format=torch.channels_last)
+                mixed = dtype != torch.float32
+                with torch.autocast(self.device.type, dtype=dtype, enabled=mixed):
+                    features = member.trunk(images)
+                yield rows, features.float()
+
+        return from_cache if member.trunk_is_frozen else fresh
+
+    def _features(self, member: Member, index: int, progress: MemberProgress) -> torch.Tensor:
+        name = member.spec.name
+        if name not in self.features:
+            count = member.spec.training.variants
+            variants = draw_variants(self.data.faces, count, (self.seed, index))
+            self.features[name] = trunk_features(
+                member, variants, self.device, self.cache, lambda d, t: progress(name, d, t)
+            )
+        return self.features[name]
+
+
+def shuffled_batches(
+    count: int, size: int, rng: np.random.Generator
+) -> Iterator[NDArray[np.int64]]:
+    """Rows 0..count-1 in random order, in batches of ``size``; never a last batch of one.
+
+    BatchNorm cannot train on a single row: it joins the batch before it.
+    """
+    order = rng.permutation(count)
+    cuts = list(range(size, count, size))
+    if cuts and count - cuts[-1] == 1:
+        cuts.pop()
+    yield from np.split(order, cuts)
+
+
+def class_weights(targets: NDArray[np.int64], classes: int) -> torch.Tensor:
+    """0.5 + 0.5 * (smallest class size / class size), for classes present; 0 for absent ones."""
+    counts = np.bincount(targets, minlength=classes).astype(np.float64)
+    present = counts > 0
+    weights = np.zeros(classes)
+    weights[present] = 0.5 + 0.5 * counts[present].min() / counts[present]
+    return torch.from_numpy(weights.astype(np.float32))

@@ -1,0 +1,176 @@
+"""Versioned messages with strict decoding.
+
+A message is a frozen dataclass whose fields say what they accept. On the wire it is a flat mapping
+of ``str``, ``int``, ``bytes``, arrays and tuples of these, plus its schema name. Decoding checks
+the schema, that no field is missing or extra, and every value; the first difference is raised as
+the error that the caller chose, so that it names whoever sent the message.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Self
+
+import numpy as np
+
+from fedgestalt.errors import FedgestaltError, PeerError, ServerError
+
+Check = Callable[[object], str]
+"""Returns what is wrong with a value, or an empty string."""
+
+Fault = Callable[[str], FedgestaltError]
+"""Makes the error for a sentence about a message."""
+
+_SCHEMA_KEY = "schema"
+
+
+def from_site(site: str) -> Fault:
+    """Faults of a message that ``site`` sent."""
+    return lambda what: PeerError(what, site=site, remedy="all sites must run the same version")
+
+
+def from_server(what: str) -> FedgestaltError:
+    """Fault of a message that the server sent."""
+    return ServerError(what, where="server", remedy="server and sites must run the same version")
+
+
+class Message:
+    """Base of all messages; subclasses are frozen dataclasses built from the fields below."""
+
+    schema: ClassVar[str]
+
+    def to_fields(self) -> dict[str, Any]:
+        """Return the message as a flat mapping."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
+        return {_SCHEMA_KEY: self.schema, **values}
+
+    @classmethod
+    def from_fields(cls, fields: object, fault: Fault) -> Self:
+        """Check ``fields`` and return the message.
+
+        Raises:
+            FedgestaltError: made by ``fault`` from the first difference found.
+        """
+        if not isinstance(fields, Mapping):
+            raise fault(f"expected {cls.schema}, got {type(fields).__name__}")
+        if fields.get(_SCHEMA_KEY) != cls.schema:
+            raise fault(f"expected {cls.schema}, got {str(fields.get(_SCHEMA_KEY))[:80]!r}")
+        expected = dataclasses.fields(cls)  # type: ignore[arg-type]
+        names = {f.name for f in expected} | {_SCHEMA_KEY}
+        if fields.keys() != names:
+            differing = sorted(map(str, fields.keys() ^ names))
+            raise fault(f"{cls.schema}: missing or unknown field {differing[0][:80]!r}")
+        for spec in expected:
+            wrong = spec.metadata["check"](fields[spec.name])
+            if wrong:
+                raise fault(f"{cls.schema}: field {spec.name!r} {wrong}")
+        values = {spec.name: _frozen(fields[spec.name]) for spec in expected}
+        return cls(**values)
+
+
+def _frozen(value: object) -> object:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _checked(check: Check) -> Any:
+    return dataclasses.field(metadata={"check": check})
+
+
+def octets(size: int) -> Any:
+    """Declare a field of exactly ``size`` bytes."""
+    return _checked(lambda value: _octets(value, size))
+
+
+def _octets(value: object, size: int) -> str:
+    if not isinstance(value, bytes):
+        return f"is {type(value).__name__}, not bytes"
+    return "" if len(value) == size else f"has {len(value)} bytes, not {size}"
+
+
+def text(limit: int = 200) -> Any:
+    """Declare a field of 1..``limit`` printable characters."""
+    return _checked(lambda value: _text(value, limit))
+
+
+def _text(value: object, limit: int) -> str:
+    if not isinstance(value, str):
+        return f"is {type(value).__name__}, not text"
+    return (
+        "" if 0 < len(value) <= limit and value.isprintable() else "is empty, long or unprintable"
+    )
+
+
+def integer(low: int, high: int) -> Any:
+    """Declare a field with an integer in ``low``..``high``."""
+    return _checked(lambda value: _integer(value, low, high))
+
+
+def _integer(value: object, low: int, high: int) -> str:
+    if not isinstance(value, int) or isinstance(value, bool):
+        return f"is {type(value).__name__}, not an integer"
+    return "" if low <= value <= high else f"is {value}, outside {low}..{high}"
+
+
+def array(dtype: str, dimensions: int) -> Any:
+    """Declare a field with a NumPy array of this dtype and number of axes; floats are finite."""
+
+    def check(value: object) -> str:
+        if not isinstance(value, np.ndarray):
+            return f"is {type(value).__name__}, not an array"
+        if value.dtype != np.dtype(dtype) or value.ndim != dimensions:
+            return f"is {value.dtype} with {value.ndim} axes, not {dtype} with {dimensions}"
+        if value.dtype.kind == "f" and not bool(np.isfinite(value).all()):
+            return "holds NaN or infinity"
+        return ""
+
+    return _checked(check)
+
+
+def octets_by_site(size: int | None = None) -> Any:
+    """Declare a mapping from site name to bytes (of exactly ``size``, if given)."""
+
+    def check(value: object) -> str:
+        if not isinstance(value, Mapping):
+            return f"is {type(value).__name__}, not a mapping"
+        for site, content in value.items():
+            wrong = _text(site, 200)
+            if not wrong and isinstance(content, bytes):
+                wrong = "" if size is None else _octets(content, size)
+            elif not wrong:
+                wrong = f"holds {type(content).__name__}, not bytes"
+            if wrong:
+                return wrong
+        return ""
+
+    return _checked(check)
+
+
+def several(check_one: Any) -> Any:
+    """Declare a sequence whose members each pass the check of ``check_one``, another field."""
+    inner: Check = check_one.metadata["check"]
+
+    def check(value: object) -> str:
+        if not isinstance(value, Sequence) or isinstance(value, str | bytes):
+            return f"is {type(value).__name__}, not a sequence"
+        return next((f"has a member that {wrong}" for wrong in map(inner, value) if wrong), "")
+
+    return _checked(check)
+
+
+def arrays_by_name(dtype: str) -> Any:
+    """Declare a mapping from tensor name to an array of ``dtype`` with finite values."""
+
+    def check(value: object) -> str:
+        if not isinstance(value, Mapping):
+            return f"is {type(value).__name__}, not a mapping"
+        for name, tensor in value.items():
+            if not isinstance(name, str) or not isinstance(tensor, np.ndarray):
+                return "is not a mapping from names to arrays"
+            if tensor.dtype != np.dtype(dtype):
+                return f"holds {name} as {tensor.dtype}, not {dtype}"
+            if tensor.dtype.kind == "f" and not bool(np.isfinite(tensor).all()):
+                return f"holds NaN or infinity in {name}"
+        return ""
+
+    return _checked(check)
