@@ -54,8 +54,9 @@ class Message:
         """
         if not isinstance(fields, Mapping):
             raise fault(f"expected {cls.schema}, got {type(fields).__name__}")
-        if fields.get(_SCHEMA_KEY) != cls.schema:
-            raise fault(f"expected {cls.schema}, got {str(fields.get(_SCHEMA_KEY))[:80]!r}")
+        said = fields.get(_SCHEMA_KEY)
+        if not isinstance(said, str) or said != cls.schema:
+            raise fault(f"expected {cls.schema}, got {str(said)[:80]!r}")
         expected = dataclasses.fields(cls)  # type: ignore[arg-type]
         names = {f.name for f in expected} | {_SCHEMA_KEY}
         if fields.keys() != names:

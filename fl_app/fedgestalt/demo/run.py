@@ -101,9 +101,8 @@ def _work_folder(out: Path) -> Iterator[Path]:
             error.remedy = error.remedy.replace(str(work), str(kept))
         raise
     except OSError as error:
-        raise SiteError(
-            f"the work folder cannot be used ({error.strerror})", where=str(out)
-        ) from None
+        what = f"the run could not go on ({error.strerror or error})"
+        raise SiteError(what, where=error.filename or str(out)) from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
 

@@ -27,7 +27,7 @@ from fedgestalt.learning.device import trunk_dtype
 from fedgestalt.learning.ensemble import Member
 from fedgestalt.learning.images import to_input
 
-_BATCH = 64
+_BATCH = 16  # twice as fast as 64 on a CPU: larger tensors leave the cache and are mapped afresh
 
 
 def no_progress(done: int, total: int) -> None:

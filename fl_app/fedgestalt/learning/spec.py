@@ -78,7 +78,7 @@ def default_ensemble(seed: int = 1) -> EnsembleSpec:
     narrow = {"depth": 18, "width": 16, "embedding_size": 128, "input_size": 56}
     adapt = TrainingSpec(epochs=1, variants=2)
     from_scratch = TrainingSpec(
-        epochs=2, batch_size=32, learning_rate=2e-3, head_learning_rate=2e-3, dropout=0.0
+        epochs=1, batch_size=32, learning_rate=4e-3, head_learning_rate=4e-3, dropout=0.0
     )
     return EnsembleSpec(
         members=(

@@ -32,6 +32,7 @@ MODE_LABELS: Final[Mapping[str, str]] = {
 }
 """What a reader calls the keys of an evaluation, in the order of the report."""
 
+_SHORT_LABELS: Final = {"local-only": "Alone", "pretrained": "Untouched"}
 _LINE_HEIGHT: Final = 17.0
 _PLUS: Final = (
     *((-0.45, -0.45), (-0.45, -1.3), (0.45, -1.3), (0.45, -0.45), (1.3, -0.45), (1.3, 0.45)),
@@ -108,7 +109,11 @@ def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list
 
 
 def _shortened(text: str, length: int) -> str:
-    return text if len(text) <= length else text[: length - 1].rstrip() + "…"
+    """Leave out the middle: names of one family differ at their ends."""
+    if len(text) <= length:
+        return text
+    tail = length // 3
+    return f"{text[: length - 1 - tail].rstrip()}…{text[-tail:].lstrip()}"
 
 
 def percent(value: float, digits: int = 0) -> str:
@@ -120,7 +125,7 @@ def percent(value: float, digits: int = 0) -> str:
 
 
 def topk_curve(
-    evaluation: Mapping[str, Mapping[str, Table]], table: str = "frequent", width: int = 680
+    evaluation: Mapping[str, Mapping[str, Table]], table: str = "frequent", width: int = 600
 ) -> Markup:
     """Accuracy over the length of the list, one labelled curve per mode.
 
@@ -129,7 +134,8 @@ def topk_curve(
     """
     modes = [mode for mode in ordered_modes(evaluation) if table in evaluation[mode]]
     height, top, bottom = 360.0, 16.0, 52.0
-    left, right = (186.0, 46.0) if width >= 500 else (146.0, 38.0)
+    narrow = width < 500
+    left, right = (134.0, 38.0) if narrow else (182.0, 44.0)
     plot = height - top - bottom
     xs = [left + (width - left - right) * np.log(k) / np.log(TOP_K[-1]) for k in TOP_K]
 
@@ -160,7 +166,8 @@ def topk_curve(
     labels = spread(starts, _LINE_HEIGHT, top + 4, y(0))
     for mode, start, label in zip(modes, starts, labels, strict=True):
         parts.append(_line(left - 12, label, left - 5, start, f"leader {mode_class(mode)}"))
-        name = escape(_shortened(MODE_LABELS.get(mode, mode), 20))
+        name = _SHORT_LABELS.get(mode, "") if narrow else ""
+        name = escape(_shortened(name or MODE_LABELS.get(mode, mode), 12 if narrow else 20))
         parts.append(
             f'<text x="{left - 16:.1f}" y="{label + 4:.1f}" text-anchor="end"'
             f' class="label {mode_class(mode)}">{name}'
@@ -182,7 +189,7 @@ def training_curve(rounds: Sequence[RoundFacts], metric: str, title: str) -> Mar
         metric: ``"accuracy"``, drawn as a percentage, or ``"loss"``.
         title: what the figure shows, for readers who hear it.
     """
-    width, height, left, right, top, bottom = 440.0, 250.0, 46.0, 108.0, 14.0, 46.0
+    width, height, left, right, top, bottom = 400.0, 240.0, 46.0, 110.0, 14.0, 46.0
     series: dict[str, dict[int, list[float]]] = {}
     for facts in rounds:
         for member, metrics in facts.members.items():
@@ -222,7 +229,7 @@ def training_curve(rounds: Sequence[RoundFacts], metric: str, title: str) -> Mar
         last = max(curve)
         parts.append(_curve([x(n) for n in curve], [y(v) for v in curve.values()], name, 2.6))
         parts.append(_line(x(last) + 5, ends[i], x(numbers[-1]) + 12, labels[i], f"leader {name}"))
-        label = _shortened(member, 13)
+        label = _shortened(member, 14)
         parts.append(_text(x(numbers[-1]) + 16, labels[i] + 4, label, f"label {name}"))
     return _svg(width, height, "training", title, parts)
 
@@ -241,7 +248,7 @@ def _ticks(highest: float) -> list[float]:
 
 def site_bars(sites: Sequence[SiteFacts]) -> Markup:
     """One bar per hospital: images that train, that are asked about, and that do neither."""
-    width, row = 440.0, 46.0
+    width, row = 400.0, 46.0
     most = max((site.images for site in sites), default=0) or 1
     parts = []
     for i, site in enumerate(sites):

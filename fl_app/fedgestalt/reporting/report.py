@@ -36,19 +36,19 @@ _RANKED, _NEIGHBOURS = 5, 6
 
 TABLE_WORDS: Final[Mapping[str, tuple[str, str]]] = {
     "frequent": (
-        "Common syndromes, searched among the common ones",
-        "Syndromes that the networks were trained on; other people of the same syndromes.",
+        "Common syndromes among common ones",
+        "Syndromes that the networks were trained on.",
     ),
     "rare": (
-        "Rare syndromes, searched among the rare ones",
+        "Rare syndromes among rare ones",
         "Syndromes that no network has seen in training.",
     ),
     "frequent-in-all": (
-        "Common syndromes, searched among all",
-        "As the first table, with the rare syndromes as further candidates.",
+        "Common syndromes among all",
+        "As in the first table, with the rare syndromes as further candidates.",
     ),
     "rare-in-all": (
-        "Rare syndromes, searched among all",
+        "Rare syndromes among all",
         "The hardest case: few reference images, and all common syndromes as competitors.",
     ),
 }
@@ -137,26 +137,25 @@ def summary(result: Result) -> str:
         return f"{start}: no federated result for common syndromes."
     text = f"{start}: the true syndrome came first for {percent(federated)} of the test images"
     pooled, alone, chance = (found.get(m) for m in ("centralised", "local-only", "chance"))
-    if pooled is not None and pooled > 0:
-        if percent(federated) == percent(pooled):
-            text += " \u2013 as often as with all images pooled in one place"
-        elif federated > pooled:
-            text += (
-                f" \u2013 more often than with all images pooled in one place ({percent(pooled)})"
-            )
-        else:
-            text += f" \u2013 {percent(federated / pooled)} of what pooling all images would reach"
     by_chance = "" if chance is None else f"{percent(chance)} by chance"
-    if alone is not None and percent(alone) == percent(federated):
-        text += f". A hospital alone reaches the same {percent(alone)}"
-    elif alone is not None and alone > federated:
-        text += f". This is worse than the {percent(alone)} that a hospital reaches alone"
-    elif alone is not None:
-        rest = f"{percent(alone)} for a hospital alone"
-        return f"{text}, against {rest}{' and ' + by_chance if by_chance else ''}."
-    elif by_chance:
-        return f"{text}, against {by_chance}."
-    return f"{text}{'; ' + by_chance if by_chance else ''}."
+    if alone is None:
+        text += f", against {by_chance}." if by_chance else "."
+    elif percent(alone) == percent(federated):
+        text += f", no more than for a hospital alone{'; ' + by_chance if by_chance else ''}."
+    elif alone > federated:
+        text += f", less than the {percent(alone)} that a hospital reaches alone"
+        text += f"; {by_chance}." if by_chance else "."
+    else:
+        text += f", against {percent(alone)} for a hospital alone"
+        text += f" and {by_chance}." if by_chance else "."
+    if pooled is None:
+        return text
+    if percent(federated) == percent(pooled):
+        return f"{text} Pooling all images in one place would reach the same."
+    if federated > pooled:
+        return f"{text} Pooling all images in one place reached less ({percent(pooled)})."
+    kept = percent(federated / pooled)
+    return f"{text} That is {kept} of what pooling all images in one place would reach."
 
 
 @dataclass(frozen=True)
@@ -188,7 +187,7 @@ def key_figures(result: Result) -> list[Figure]:
             points = round(100 * table.top1) - round(100 * alone)
             sign = "+" if points > 0 else "\u2212" if points < 0 else "±"
             detail = f"a hospital alone: {percent(alone)} first"
-            label = f"percentage point{'' if abs(points) == 1 else 's'} over a hospital alone"
+            label = f"percentage point{'' if abs(points) == 1 else 's'} versus a hospital alone"
             figures.append(Figure(f"{sign}{abs(points)}", label, detail))
     return figures
 
@@ -251,11 +250,11 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """One mode in one table; ``sizes`` is empty where they are those of the whole table."""
+    """One mode in one table; ``note`` says where its sizes are not those of the table."""
 
     label: str
     colour: str
-    sizes: str
+    note: str
     cells: tuple[Cell, ...]
 
 
@@ -281,12 +280,12 @@ def rank_tables(result: Result) -> list[RankTable]:
             k: max((round(_top(t, k), 3) for m, t in mine.items() if m != "chance"), default=2.0)
             for k in TOP_K
         }
-        common = _sizes(next(iter(mine.values())))
+        first = next(iter(mine.values()))
         rows = tuple(
             Row(
                 _label(mode),
                 mode_class(mode),
-                "" if mode == "chance" or _sizes(table) == common else _sizes(table),
+                "" if mode == "chance" else _difference(table, first),
                 tuple(
                     Cell(
                         f"{100 * _top(table, k):.1f}",
@@ -298,7 +297,8 @@ def rank_tables(result: Result) -> list[RankTable]:
             )
             for mode, table in mine.items()
         )
-        tables.append(RankTable(*TABLE_WORDS.get(name, (name, "")), common, rows))
+        sizes = f"{first.test:,} test images, {first.gallery:,} in the gallery"
+        tables.append(RankTable(*TABLE_WORDS.get(name, (name, "")), sizes, rows))
     return tables
 
 
@@ -306,8 +306,11 @@ def _top(table: Table, k: int) -> float:
     return float(getattr(table, f"top{k}"))
 
 
-def _sizes(table: Table) -> str:
-    return f"{table.test:,} test images, {table.gallery:,} in the gallery"
+def _difference(table: Table, first: Table) -> str:
+    """Sizes of ``table`` that are not those of the ``first``."""
+    test = f"{table.test:,} test images" if table.test != first.test else ""
+    gallery = f"gallery of {table.gallery:,}" if table.gallery != first.gallery else ""
+    return ", ".join(filter(None, (test, gallery)))
 
 
 # --- training ------------------------------------------------------------------------------------

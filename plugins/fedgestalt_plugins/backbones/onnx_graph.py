@@ -25,6 +25,7 @@ from onnx import numpy_helper
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from fedgestalt.contracts import FACE_SIZE
 from fedgestalt.errors import ConfigError
 from fedgestalt_plugins.backbones.neck import Neck
 
@@ -126,7 +127,8 @@ def read_face_network(path: Path, *, dropout: float = 0.0) -> FaceNetwork:
     """Import a face network.
 
     Args:
-        path: an ONNX file with one image input (n, 3, size, size) and one encoding (n, f).
+        path: an ONNX file with one image input (n, 3, size, size) and one encoding (n, f); a size
+            that the file leaves open becomes 112.
         dropout: share of the flattened feature that the neck drops in training.
 
     Raises:
@@ -134,7 +136,7 @@ def read_face_network(path: Path, *, dropout: float = 0.0) -> FaceNetwork:
     """
     try:
         graph = onnx.load(path).graph
-    except (OSError, DecodeError) as error:
+    except (OSError, DecodeError, onnx.checker.ValidationError) as error:
         raise ConfigError(f"cannot be read as an ONNX file: {error}", where=str(path)) from None
     return _Importer(graph, str(path)).network(dropout)
 
@@ -149,7 +151,7 @@ class _Importer:
         shape = [d.dim_value for d in inputs[0].type.tensor_type.shape.dim] if inputs else []
         if len(inputs) != 1 or len(shape) != 4 or shape[1] != 3 or shape[2] != shape[3]:
             raise self._error("not a face network: it needs one input of shape (n, 3, size, size)")
-        self._source, self._size = inputs[0].name, shape[2]
+        self._source, self._size = inputs[0].name, shape[2] or FACE_SIZE
         self._nodes = self._fold_constants(graph)
 
     def network(self, dropout: float) -> FaceNetwork:
@@ -163,8 +165,11 @@ class _Importer:
             before.pop()
         nodes, layers = self._folded(before)
         trunk = OperatorGraph(nodes, layers, self._source).eval().requires_grad_(False)
-        with torch.inference_mode():
-            feature = trunk(torch.zeros(1, 3, self._size, self._size))
+        try:
+            with torch.inference_mode():
+                feature = trunk(torch.zeros(1, 3, self._size, self._size))
+        except (RuntimeError, KeyError) as error:
+            raise self._error(f"not a face network: its layers do not fit: {error}") from None
         neck = self._neck(gemm, after, dropout)
         if feature[0].numel() != neck.fc.in_features:
             raise self._error(

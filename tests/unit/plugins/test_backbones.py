@@ -297,7 +297,7 @@ def test_sface_takes_a_dropout() -> None:
 class Graph:
     """Writes small ONNX files with random weights."""
 
-    def __init__(self, shape: tuple[int, ...] = (1, 3, 16, 16)) -> None:
+    def __init__(self, shape: tuple[int | str, ...] = (1, 3, 16, 16)) -> None:
         self._rng = np.random.default_rng(0)
         self._nodes: list[onnx.NodeProto] = []
         self._weights: list[onnx.TensorProto] = []
@@ -333,7 +333,7 @@ class Graph:
 
 
 def residual_network() -> Graph:
-    """Every operator that the importer knows, with a value that is used twice."""
+    """Every operator that the importer knows, with values that are used twice."""
     g = Graph()
     scaled = g.add("Mul", g.add("Sub", "image", g.weight(np.float32([0.5]))), g.random(1))
     kernel = g.weight(np.random.default_rng(1).integers(-9, 9, (4, 3, 3, 3), np.int8))
@@ -341,8 +341,8 @@ def residual_network() -> Graph:
     stem = g.add("DequantizeLinear", kernel, scale, zero, axis=0)
     start = g.add("Conv", scaled, stem, g.random(4), pads=[1, 1, 1, 1], strides=[2, 2])
     start = g.add("PRelu", g.norm(start, 4), g.random(4, 1, 1))
-    branch = g.norm(g.add("Conv", start, g.random(4, 2, 1, 1), group=2), 4)
-    total = g.add("Add", g.add("Relu", branch), start)
+    branch = g.add("Conv", start, g.random(4, 2, 1, 1), group=2)
+    total = g.add("Add", g.add("Relu", g.norm(branch, 4)), g.add("Add", branch, start))
     pooled = g.add("GlobalAveragePool", g.add("Identity", total))
     gate = g.add("Reshape", pooled, g.weight(np.int64([0, 4])))
     gate = g.add("Gemm", gate, g.random(4, 4), g.random(4), beta=0.5)
@@ -404,6 +404,24 @@ def test_a_file_that_takes_no_image_is_no_face_network(tmp_path: Path) -> None:
     g = Graph((1, 768))
     g.add("Gemm", "image", g.random(768, 5))
     assert "it needs one input of shape (n, 3, size, size)" in refusal(g, tmp_path)
+
+
+def test_layers_that_do_not_fit_are_no_face_network(tmp_path: Path) -> None:
+    g = Graph()
+    g.add("Gemm", g.add("Flatten", g.add("Conv", "image", g.random(4, 5, 3, 3))), g.random(9, 5))
+    assert "not a face network: its layers do not fit" in refusal(g, tmp_path)
+
+
+def test_a_gemm_that_does_not_take_the_feature_map_is_refused(tmp_path: Path) -> None:
+    g = Graph()
+    g.add("Gemm", g.add("Flatten", g.add("Relu", "image")), g.random(767, 5))
+    assert "Gemm 'n_gemm2' does not take the feature map" in refusal(g, tmp_path)
+
+
+def test_an_open_image_size_becomes_that_of_the_template(tmp_path: Path) -> None:
+    g = Graph((1, 3, "height", "width"))
+    g.add("Gemm", g.add("Flatten", g.add("GlobalAveragePool", "image")), g.random(3, 5))
+    assert read_face_network(g.write(tmp_path)).size == 112
 
 
 def test_uneven_padding_is_refused(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 from fedgestalt.contracts import FACE_SIZE, Pixels, Preprocessor
 from fedgestalt.errors import DataError
 from fedgestalt_plugins.preprocessing import YuNetArcFace, YuNetOptions, fedgestalt_preprocessors
-from fedgestalt_plugins.preprocessing.yunet import TEMPLATE, similarity, warped
+from fedgestalt_plugins.preprocessing.yunet import TEMPLATE, Face, similarity, warped
 from fedgestalt_plugins.shipped import shipped_file
 
 align = YuNetArcFace().align
@@ -151,11 +151,18 @@ def test_the_similarity_of_moved_points_is_recovered() -> None:
     np.testing.assert_allclose(similarity(TEMPLATE, moved), matrix, atol=1e-9)
 
 
-def test_shrinking_does_not_alias() -> None:
-    stripes = np.zeros((1000, 1000, 3), np.uint8)
-    stripes[:, ::2] = 255
-    small = warped(stripes, np.array([[0.1, 0, 0], [0, 0.1, 0]]), 100, cv2.BORDER_CONSTANT)
-    assert np.ptp(small[5:-5, 5:-5].astype(int)) < 10
+def test_shrinking_averages_instead_of_picking_pixels() -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (1000, 1000, 3), np.uint8)
+    small = warped(noise, np.array([[0.1, 0, 0], [0, 0.1, 0]]), 100, cv2.BORDER_CONSTANT)
+    assert small[5:-5, 5:-5].std() < noise.std() / 4
+
+
+@pytest.mark.parametrize(
+    ("degrees", "upright"), [(0, True), (40, True), (-40, True), (50, False), (180, False)]
+)
+def test_a_face_is_upright_if_its_eyes_are_above_its_mouth(degrees: int, upright: bool) -> None:
+    turned = cv2.getRotationMatrix2D((56.0, 56.0), degrees, 1)
+    assert Face(TEMPLATE, width=80, score=1).moved(turned).is_upright == upright
 
 
 def test_outside_the_photograph_the_aligned_face_is_black() -> None:

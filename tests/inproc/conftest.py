@@ -1,0 +1,28 @@
+"""Both jobs, run once and inspected by many tests."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+from consortium import Consortium, Run, tiny_ensemble
+
+from fedgestalt.jobs import MatchingJob, TrainingJob
+
+
+@dataclass
+class BothJobs:
+    consortium: Consortium
+    training: Run
+    matching: Run
+
+
+@pytest.fixture(scope="session")
+def both_jobs(tmp_path_factory: pytest.TempPathFactory) -> BothJobs:
+    consortium = Consortium(tmp_path_factory.mktemp("consortium"))
+    training = consortium.run(TrainingJob(ensemble=tiny_ensemble(), rounds=2))
+    assert training.outcome["status"] == "completed", training.outcome
+    job = MatchingJob(ensemble=training.outcome["ensemble"], released_rows=0, keep_gram=True)
+    matching = consortium.run(job)
+    assert matching.outcome["status"] == "completed", matching.outcome
+    return BothJobs(consortium, training, matching)

@@ -1,0 +1,208 @@
+"""What goes wrong at one site, or at the server, ends the job with a sentence that names it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from consortium import Consortium, Run, tiny_ensemble
+from conftest import BothJobs
+from nvflare.apis.shareable import Shareable
+
+from fedgestalt.federation.trainer import EnsembleTrainer
+from fedgestalt.jobs import MatchingJob, TrainingJob
+
+JOB = TrainingJob(ensemble=tiny_ensemble(), rounds=1)
+
+
+def reason(run: Run) -> str:
+    """Why a job failed; the administrator sees the same sentence."""
+    assert run.outcome["status"] == "failed"
+    assert run.panics == [run.outcome["reason"]]
+    assert "rounds" not in run.outcome
+    return str(run.outcome["reason"])
+
+
+def change(site: str, task: str, key: str, value: object):
+    """A tamper function that replaces one field of one reply."""
+
+    def tamper(sender: str, name: str, data: Shareable) -> Shareable:
+        if (sender, name) == (site, task):
+            fields = data["fedgestalt"]
+            fields[key] = value(fields[key]) if callable(value) else value
+        return data
+
+    return tamper
+
+
+def test_two_sites_are_too_few_for_a_sum(tmp_path: Path) -> None:
+    said = reason(Consortium(tmp_path, sites=("berlin", "bonn")).run(JOB))
+    assert "2 sites take part" in said
+    assert "policy asks for 3" in said
+
+
+def test_a_site_with_another_version_is_named(tmp_path: Path) -> None:
+    tamper = change("leuven", "fgm_join", "version", "0.0.9")
+    said = reason(Consortium(tmp_path, on_upload=tamper).run(JOB))
+    assert "'leuven'" in said
+    assert "version differs" in said
+    assert "install the same version" in said
+
+
+@pytest.mark.parametrize("field", ["label_map", "start_model"])
+def test_a_site_with_another_label_map_or_start_model_is_named(tmp_path: Path, field: str) -> None:
+    tamper = change("bonn", "fgm_join", field, "0" * 64)
+    said = reason(Consortium(tmp_path, on_upload=tamper).run(JOB))
+    assert "'bonn'" in said
+    assert f"{field.replace('_', ' ')} differs" in said
+
+
+@pytest.mark.parametrize(
+    ("task", "key", "value", "expected"),
+    [
+        ("fgm_round", "public_key", b"short", "has 5 bytes, not 32"),
+        ("fgm_round", "session", bytes(32), "sees another session"),
+        ("fgm_update", "words", lambda w: w[:-1], "words, the plan"),
+        ("fgm_update", "words", lambda w: w.astype(np.float32), "is float32"),
+        ("fgm_update", "session", bytes(32), "sees another session"),
+        ("fgm_update", "schema", "fedgestalt.secagg.masked-vector/2", "expected fedgestalt"),
+        ("fgm_publish", "digest", "f" * 64, "stored another model"),
+    ],
+)
+def test_a_malformed_reply_names_its_sender(
+    tmp_path: Path, task: str, key: str, value: object, expected: str
+) -> None:
+    run = Consortium(tmp_path, on_upload=change("bonn", task, key, value)).run(JOB)
+    said = reason(run)
+    assert "'bonn'" in said
+    assert expected in said
+
+
+def test_a_site_that_raises_is_named_without_what_it_raised(tmp_path: Path) -> None:
+    class Broken(EnsembleTrainer):
+        def _train(self, fields: object):
+            raise RuntimeError("SUBJECT-0001 of /data/photo.jpg")
+
+    spec = JOB.executor_arguments()["ensemble"]
+    said = reason(Consortium(tmp_path).run(JOB, lambda: Broken(spec)))
+    assert "unexpected RuntimeError" in said
+    assert "SUBJECT" not in said
+    assert "photo" not in said
+
+
+def test_a_damaged_image_at_a_site_is_reported_without_its_name(tmp_path: Path) -> None:
+    consortium = Consortium(tmp_path)
+    image = next((tmp_path / "hospitals" / "bonn").rglob("*_rot_aligned.jpg"))
+    image.unlink()
+    image.write_bytes(b"\xff\xd8\xff")
+    said = reason(consortium.run(JOB))
+    assert "'bonn'" in said
+    assert "its data cannot be used" in said
+    assert image.name.split("_rot")[0] not in said
+
+
+def test_a_server_that_swaps_a_key_back_to_its_owner_is_refused(tmp_path: Path) -> None:
+    def tamper(site: str, task: str, data: Shareable) -> Shareable:
+        if (site, task) == ("bonn", "fgm_update"):
+            data["fedgestalt"]["public_keys"]["bonn"] = bytes(range(32))
+        return data
+
+    said = reason(Consortium(tmp_path, on_download=tamper).run(JOB))
+    assert "own key came back altered" in said
+
+
+def test_a_site_that_was_told_another_model_cannot_join_the_sum(tmp_path: Path) -> None:
+    def tamper(site: str, task: str, data: Shareable) -> Shareable:
+        if (site, task) == ("bonn", "fgm_round"):
+            state = data["fedgestalt"]["state"]
+            name = sorted(state)[0]
+            state[name] = state[name] + np.float32(1)
+        return data
+
+    said = reason(Consortium(tmp_path, on_download=tamper).run(JOB))
+    assert "'bonn'" in said
+    assert "another session" in said
+
+
+def test_a_silent_site_ends_the_job_when_the_phase_limit_is_over(tmp_path: Path) -> None:
+    class Slow(EnsembleTrainer):
+        def _join(self, fields: object):
+            import time
+
+            joined = super()._join(fields)
+            if self.site == "leuven":
+                time.sleep(4)
+            return joined
+
+    spec = JOB.executor_arguments()["ensemble"]
+    job = JOB.model_copy(update={"phase_limit_seconds": 3.0})
+    said = reason(Consortium(tmp_path).run(job, lambda: Slow(spec)))
+    assert "no answer from" in said
+    assert "leuven" in said
+
+
+def test_matching_with_an_ensemble_that_a_site_lacks_names_the_site(both_jobs: BothJobs) -> None:
+    said = reason(both_jobs.consortium.run(MatchingJob(ensemble="a" * 64)))
+    assert "does not hold the ensemble" in said
+
+
+def test_a_site_refuses_an_evaluation_release_that_its_policy_forbids(
+    both_jobs: BothJobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(both_jobs.consortium, "settings", {"evaluation_release": False})
+    digest = both_jobs.training.outcome["ensemble"]
+    run = both_jobs.consortium.run(MatchingJob(ensemble=digest, released_rows=0))
+    assert "evaluation release" in reason(run)
+
+
+def test_a_site_refuses_to_release_more_rows_than_its_policy_allows(
+    both_jobs: BothJobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(both_jobs.consortium, "settings", {"max_released_rows": 10})
+    digest = both_jobs.training.outcome["ensemble"]
+    said = reason(both_jobs.consortium.run(MatchingJob(ensemble=digest, released_rows=11)))
+    assert "asks for 11 rows per query, this site releases 10" in said
+
+
+def test_a_server_that_moves_a_label_to_another_row_is_caught(
+    both_jobs: BothJobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def tamper(site: str, task: str, data: Shareable) -> Shareable:
+        if task == "fgm_rank":
+            labels = data["fedgestalt"]["labels"].copy()
+            labels[[0, 1]] = labels[[1, 0]]
+            data["fedgestalt"]["labels"] = labels
+        return data
+
+    monkeypatch.setattr(both_jobs.consortium, "on_download", tamper)
+    digest = both_jobs.training.outcome["ensemble"]
+    said = reason(both_jobs.consortium.run(MatchingJob(ensemble=digest, released_rows=0)))
+    assert "altered or moved to another row" in said
+
+
+@pytest.mark.parametrize(
+    ("task", "key", "value", "expected"),
+    [
+        ("fgm_encode", "rows", lambda r: r * 2, "not of length 1"),
+        ("fgm_encode", "rows", lambda r: r * np.nan, "NaN"),
+        ("fgm_encode", "handles", lambda h: h[1:], "do not go with"),
+        ("fgm_encode", "kernel", "0" * 32, "kernel differs"),
+        ("fgm_kernel_seal", "boxes", lambda b: {}, "not for the agreed roster"),
+        ("fgm_kernel_seal", "boxes", lambda b: dict.fromkeys(b, bytes(48)), "does not open"),
+        ("fgm_kernel_keys", "session", bytes(32), "another session"),
+    ],
+)
+def test_a_malformed_matching_reply_names_its_sender(
+    both_jobs: BothJobs,
+    monkeypatch: pytest.MonkeyPatch,
+    task: str,
+    key: str,
+    value: object,
+    expected: str,
+) -> None:
+    monkeypatch.setattr(both_jobs.consortium, "on_upload", change("bonn", task, key, value))
+    run = both_jobs.consortium.run(MatchingJob(ensemble=both_jobs.training.outcome["ensemble"]))
+    said = reason(run)
+    assert "bonn" in said
+    assert expected in said

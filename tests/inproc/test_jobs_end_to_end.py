@@ -1,0 +1,112 @@
+"""Both jobs do what they say: exact sums, identical ranks, the same model everywhere."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import torch
+from consortium import Consortium, tiny_ensemble
+from conftest import BothJobs
+
+from fedgestalt.federation.rounds import round_facts, split_metrics, with_metrics
+from fedgestalt.hooks import get_registry
+from fedgestalt.jobs import MatchingJob, TrainingJob
+from fedgestalt.learning.data import local_seed, training_set
+from fedgestalt.learning.encoding import encode
+from fedgestalt.learning.ensemble import build_ensemble
+from fedgestalt.learning.images import load_faces
+from fedgestalt.learning.store import load_ensemble
+from fedgestalt.learning.training import LocalTrainer
+from fedgestalt.similarity.evaluation import rank_tables
+from fedgestalt.similarity.order import image_order
+
+
+def test_the_aggregate_equals_the_plain_fixed_point_mean_bit_for_bit(both_jobs: BothJobs) -> None:
+    consortium, run = both_jobs.consortium, both_jobs.training
+    spec = tiny_ensemble()
+    starts = [data["fedgestalt"] for _, task, data in run.sent if task == "fgm_round"]
+    first, second = (next(s for s in starts if s["round"] == r) for r in (1, 2))
+    facts = round_facts(
+        job="any",
+        attempt=1,
+        round_number=1,
+        state=dict(first["state"]),
+        exponents=first["exponents"],
+        max_weight=first["max_weight"],
+        roster=tuple(consortium.sites),
+        spec=spec,
+    )
+    total = np.zeros(facts.plan.words, np.uint32)
+    for site in consortium.sites:
+        data = training_set(consortium.silos[site])
+        ensemble = build_ensemble(spec, data.classes, get_registry())
+        seed = local_seed(spec.seed, site)
+        torch.set_num_threads(1)
+        trainer = LocalTrainer(ensemble, data, torch.device("cpu"), seed)
+        new, metrics = trainer.run_round(first["state"], 1)
+        update = {name: values - first["state"][name] for name, values in new.items()}
+        total += facts.plan.encode(with_metrics(update, metrics), len(data.targets))
+    mean, _ = split_metrics(facts.plan.decode(total).mean)
+    assert any(np.abs(values).max() > 0 for values in mean.values())
+    for name, values in mean.items():
+        assert np.array_equal(second["state"][name], first["state"][name] + values), name
+
+
+def test_every_site_stores_the_published_model(both_jobs: BothJobs) -> None:
+    digest = both_jobs.training.outcome["ensemble"]
+    for site in both_jobs.consortium.sites:
+        folder = both_jobs.consortium.store(site) / "ensembles" / digest
+        _, stored = load_ensemble(folder, get_registry())
+        assert stored == digest
+
+
+def test_ranks_through_masked_flake_equal_ranks_from_plaintext_encodings(
+    both_jobs: BothJobs,
+) -> None:
+    consortium = both_jobs.consortium
+    digest = both_jobs.training.outcome["ensemble"]
+    encodings, orders = {}, {}
+    for site in consortium.sites:
+        folder = consortium.store(site) / "ensembles" / digest
+        ensemble, _ = load_ensemble(folder, get_registry())
+        cohort = consortium.silos[site]
+        orders[site] = image_order(cohort)
+        faces = load_faces(cohort.records(orders[site].image_ids))
+        encodings[site] = encode(ensemble, faces, torch.device("cpu"))
+    everything = np.concatenate(list(encodings.values())).astype(np.float64)
+    syndromes = np.concatenate([order.syndromes for order in orders.values()])
+    roles = np.concatenate([order.roles for order in orders.values()])
+    kernel = both_jobs.matching.outcome["kernel"]
+    compared = 0
+    for site, order in orders.items():
+        queries = slice(0, order.queries)
+        plain = rank_tables(
+            encodings[site][queries].astype(np.float64) @ everything.T,
+            order.syndromes[queries],
+            order.roles[queries],
+            syndromes,
+            roles,
+        )
+        stored = json.loads((consortium.store(site) / "matches" / f"{kernel}.json").read_text())
+        assert [t["ranks"] for t in stored["tables"]] == [t.ranks.tolist() for t in plain]
+        assert [t["rows"] for t in stored["tables"]] == [t.rows.tolist() for t in plain]
+        compared += sum(len(t.ranks) for t in plain)
+    assert compared > 100
+
+
+def test_a_run_is_a_function_of_data_and_seed(both_jobs: BothJobs, tmp_path) -> None:
+    again = Consortium(tmp_path).run(TrainingJob(ensemble=tiny_ensemble(), rounds=2))
+    other = Consortium(tmp_path / "other").run(TrainingJob(ensemble=tiny_ensemble(2), rounds=2))
+    assert again.outcome["ensemble"] == both_jobs.training.outcome["ensemble"]
+    assert other.outcome["ensemble"] != both_jobs.training.outcome["ensemble"]
+
+
+def test_two_sessions_mask_the_same_images_differently(both_jobs: BothJobs) -> None:
+    first = both_jobs.matching
+    job_rows = first.replies("fgm_encode")
+    again = both_jobs.consortium.run(MatchingJob(ensemble=both_jobs.training.outcome["ensemble"]))
+    assert again.outcome["kernel"] != first.outcome["kernel"]
+    for site, fields in again.replies("fgm_encode").items():
+        assert fields["rows"].shape == job_rows[site]["rows"].shape
+        assert np.abs(fields["rows"] - job_rows[site]["rows"]).max() > 0.01

@@ -1,0 +1,242 @@
+"""Everything that reaches the server in both jobs, searched for what must never be there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from consortium import Received, tiny_ensemble
+from conftest import BothJobs
+from numpy.typing import NDArray
+
+from fedgestalt.cohort import Cohort
+from fedgestalt.federation.rounds import round_facts, with_metrics
+from fedgestalt.hooks import get_registry
+from fedgestalt.learning.data import local_seed, training_set
+from fedgestalt.learning.encoding import Encodings, encode
+from fedgestalt.learning.ensemble import build_ensemble
+from fedgestalt.learning.images import load_faces
+from fedgestalt.learning.store import load_ensemble
+from fedgestalt.learning.training import LocalTrainer
+from fedgestalt.similarity.order import image_order
+
+PIECE_BYTES = 16
+"""Any run of so many secret bytes found in a message is a leak."""
+
+
+def leaves(fields: object, path: str = "") -> Iterator[tuple[str, object]]:
+    """All values of a reply, with where they stand."""
+    if isinstance(fields, dict):
+        for key, value in fields.items():
+            yield f"{path}/{key}", key
+            yield from leaves(value, f"{path}/{key}")
+    else:
+        yield path, fields
+
+
+def uniformity_defect(words: NDArray[np.uint32]) -> float:
+    """How far words are from uniform: the largest z score of several tests.
+
+    Chi-squared of the byte values at each of the four byte positions, and of every single bit;
+    the serial correlation of neighbouring words.
+    """
+    count = len(words)
+    scores = []
+    for column in words.view(np.uint8).reshape(count, 4).T:
+        observed = np.bincount(column, minlength=256)
+        chi = ((observed - count / 256) ** 2 / (count / 256)).sum()
+        scores.append(abs(chi - 255) / np.sqrt(2 * 255))
+        for bit in range(8):
+            ones = int(((column >> bit) & 1).sum())
+            scores.append(abs(ones - count / 2) / np.sqrt(count / 4))
+    centred = words.astype(np.float64) - words.mean()
+    serial = (centred[1:] * centred[:-1]).mean() / centred.var()
+    scores.append(abs(serial) * np.sqrt(count))
+    return float(max(scores))
+
+
+UNIFORM_BELOW = 6.0
+"""Of 37 z scores of uniform words, one above 6 comes about once in ten million runs."""
+
+
+class Secrets:
+    """What one site holds and must not send, as byte strings."""
+
+    def __init__(self, both: BothJobs, site: str) -> None:
+        cohort = both.consortium.silos[site]
+        starts = [data for s, t, data in both.training.sent if t == "fgm_round" and s == site]
+        start = next(d["fedgestalt"] for d in starts if d["fedgestalt"]["round"] == 1)
+        self.words, self.update = _first_update(cohort, site, start, tuple(both.consortium.sites))
+        store = both.consortium.store(site) / "ensembles" / both.training.outcome["ensemble"]
+        self.encodings = _encodings(cohort, store)
+        self.texts = [r.subject for r in cohort.images.values()]
+        self.texts += list(cohort.images)
+        self.texts += [s.name for s in cohort.syndromes.values()]
+        self.texts += [str(both.consortium.folder), "_rot_aligned"]
+
+
+def _first_update(
+    cohort: Cohort, site: str, start: dict, roster: tuple[str, ...]
+) -> tuple[NDArray[np.uint32], list[NDArray[np.float32]]]:
+    spec = tiny_ensemble()
+    data = training_set(cohort)
+    ensemble = build_ensemble(spec, data.classes, get_registry())
+    torch.set_num_threads(1)
+    seed = local_seed(spec.seed, site)
+    trainer = LocalTrainer(ensemble, data, torch.device("cpu"), seed)
+    new, metrics = trainer.run_round(start["state"], 1)
+    update = {name: values - start["state"][name] for name, values in new.items()}
+    facts = round_facts(
+        job="any",
+        attempt=1,
+        round_number=1,
+        state=dict(start["state"]),
+        exponents=start["exponents"],
+        max_weight=start["max_weight"],
+        roster=roster,
+        spec=spec,
+    )
+    words = facts.plan.encode(with_metrics(update, metrics), len(data.targets))
+    return words, [*update.values(), *new.values()]
+
+
+def _encodings(cohort: Cohort, folder: Path) -> Encodings:
+    ensemble, _ = load_ensemble(folder, get_registry())
+    faces = load_faces(cohort.records(image_order(cohort).image_ids))
+    return encode(ensemble, faces, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def secrets(both_jobs: BothJobs) -> dict[str, Secrets]:
+    return {site: Secrets(both_jobs, site) for site in both_jobs.consortium.sites}
+
+
+def pieces_of(values: NDArray) -> Iterator[bytes]:
+    """Byte strings of several places of an array, unless they are all alike (zeros say nothing)."""
+    raw = np.ascontiguousarray(values).tobytes()
+    for start in range(0, max(1, len(raw) - PIECE_BYTES), max(PIECE_BYTES, len(raw) // 400)):
+        piece = raw[start : start + PIECE_BYTES]
+        if len(piece) == PIECE_BYTES and len(set(piece)) > 6:
+            yield piece
+
+
+def found_in(received: list[Received], pieces: Iterator[bytes]) -> int:
+    """How many of ``pieces`` stand in any message."""
+    everything = [message.payload for message in received]
+    return sum(any(piece in payload for payload in everything) for piece in pieces)
+
+
+def test_no_plaintext_update_reaches_the_server(both_jobs: BothJobs, secrets: dict) -> None:
+    received = both_jobs.training.received
+    for site, secret in secrets.items():
+        assert len(list(pieces_of(secret.words))) > 10
+        assert found_in(received, pieces_of(secret.words)) == 0, site
+        for values in secret.update:
+            assert found_in(received, pieces_of(values)) == 0, site
+            assert found_in(received, pieces_of(values.astype(np.float64))) == 0, site
+
+
+def test_the_update_search_finds_an_update_that_is_sent_unmasked(
+    both_jobs: BothJobs, secrets: dict
+) -> None:
+    secret = next(iter(secrets.values()))
+    planted = Received("x", "fgm_update", b"head" + secret.words.tobytes(), None)  # type: ignore[arg-type]
+    assert found_in([*both_jobs.training.received, planted], pieces_of(secret.words)) > 10
+
+
+def test_no_embedding_reaches_the_server(both_jobs: BothJobs, secrets: dict) -> None:
+    received = both_jobs.training.received + both_jobs.matching.received
+    rows = both_jobs.matching.replies("fgm_encode")
+    for site, secret in secrets.items():
+        assert len(list(pieces_of(secret.encodings))) > 10
+        for dtype in (np.float32, np.float64, np.float16):
+            assert found_in(received, pieces_of(secret.encodings.astype(dtype))) == 0, site
+        masked, plain = rows[site]["rows"], secret.encodings
+        assert masked.shape == plain.shape
+        assert np.abs((masked * plain).sum(1)).max() < 0.9, "a masked row points where its own does"
+        sums = np.corrcoef(masked.sum(1), plain.sum(1))[0, 1]
+        assert abs(sums) < 0.9, "the sum of coordinates survives the mask"
+
+
+def test_no_label_subject_or_image_name_reaches_the_server(
+    both_jobs: BothJobs, secrets: dict
+) -> None:
+    received = both_jobs.training.received + both_jobs.matching.received
+    for site, secret in secrets.items():
+        assert len(secret.texts) > 50
+        for text in secret.texts:
+            assert all(text.encode() not in m.payload for m in received), (site, text)
+
+
+def test_the_same_label_never_looks_the_same(both_jobs: BothJobs) -> None:
+    sealed = [f["labels"] for f in both_jobs.matching.replies("fgm_encode").values()]
+    rows = np.concatenate(sealed)
+    assert len(np.unique(rows, axis=0)) == len(rows)
+    for part in (rows[:, :12], rows[:, 12:20], rows[:, 20:]):
+        assert len(np.unique(part, axis=0)) == len(rows)
+
+
+def test_replies_hold_nothing_but_the_agreed_fields(both_jobs: BothJobs) -> None:
+    allowed = {
+        "fgm_join": {"schema", "version", "label_map", "classes", "start_model"},
+        "fgm_round": {"schema", "session", "public_key"},
+        "fgm_update": {"schema", "session", "words"},
+        "fgm_publish": {"schema", "digest"},
+        "fgm_kernel_keys": {"schema", "session", "public_key"},
+        "fgm_kernel_seal": {"schema", "boxes"},
+        "fgm_encode": {"schema", "kernel", "queries", "rows", "handles", "labels"},
+        "fgm_rank": {"schema", "kernel"},
+    }
+    received = both_jobs.training.received + both_jobs.matching.received
+    assert {message.task for message in received} == allowed.keys()
+    for message in received:
+        assert set(message.reply["fedgestalt"]) == allowed[message.task], message.task
+        others = set(message.reply) - {"fedgestalt", "__headers__"}
+        assert not others, (message.task, others)
+
+
+def test_the_kernel_seed_is_in_no_message_in_either_direction(both_jobs: BothJobs) -> None:
+    run = both_jobs.matching
+    boxes = [f["boxes"] for f in run.replies("fgm_kernel_seal").values()]
+    contributions = [box for by_peer in boxes for box in by_peer.values()]
+    assert len(set(contributions)) == len(contributions) == 6
+    assert all(len(box) == 48 for box in contributions)
+    assert uniformity_of_bytes(b"".join(contributions))
+
+
+def uniformity_of_bytes(content: bytes) -> bool:
+    """Whether the share of one bits is what random bytes have, within six standard deviations."""
+    bits = np.unpackbits(np.frombuffer(content, np.uint8))
+    return bool(abs(bits.mean() - 0.5) < 6 * 0.5 / np.sqrt(len(bits)))
+
+
+def test_a_masked_upload_is_uniform_and_the_same_upload_unmasked_is_not(
+    both_jobs: BothJobs, secrets: dict
+) -> None:
+    uploads = [r for r in both_jobs.training.received if r.task == "fgm_update"]
+    assert len(uploads) == 6
+    for message in uploads:
+        words = message.reply["fedgestalt"]["words"]
+        assert uniformity_defect(words) < UNIFORM_BELOW
+    for secret in secrets.values():
+        assert uniformity_defect(secret.words) > 10 * UNIFORM_BELOW
+
+
+def test_a_site_gets_scores_for_its_own_queries_only(both_jobs: BothJobs) -> None:
+    run = both_jobs.matching
+    asked = {site: f["queries"] for site, f in run.replies("fgm_encode").items()}
+    for site, task, data in run.sent:
+        if task == "fgm_rank":
+            assert data["fedgestalt"]["scores"].shape[0] == asked[site]
+
+
+def test_no_log_line_names_an_image_subject_or_label(both_jobs: BothJobs, secrets: dict) -> None:
+    folders = [both_jobs.training.folder.parents[1], both_jobs.matching.folder.parents[1]]
+    files = [p for f in folders for p in f.rglob("*") if p.suffix in {".json", ".jsonl", ".txt"}]
+    assert len(files) > 4
+    content = "".join(p.read_text() for p in files)
+    for secret in secrets.values():
+        assert not [text for text in secret.texts if text in content]
