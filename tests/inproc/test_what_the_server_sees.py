@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 from consortium import Received, tiny_ensemble
-from conftest import BothJobs
 from numpy.typing import NDArray
 
+from conftest import BothJobs
 from fedgestalt.cohort import Cohort
 from fedgestalt.federation.rounds import round_facts, with_metrics
 from fedgestalt.hooks import get_registry
@@ -231,6 +231,12 @@ def test_a_site_gets_scores_for_its_own_queries_only(both_jobs: BothJobs) -> Non
     for site, task, data in run.sent:
         if task == "fgm_rank":
             assert data["fedgestalt"]["scores"].shape[0] == asked[site]
+
+
+def test_a_released_row_does_not_say_which_site_holds_it(both_jobs: BothJobs) -> None:
+    released = [d["fedgestalt"] for _, task, d in both_jobs.matching.sent if task == "fgm_rank"]
+    for fields in released:
+        assert set(fields) == {"schema", "handles", "labels", "columns", "scores"}
 
 
 def test_no_log_line_names_an_image_subject_or_label(both_jobs: BothJobs, secrets: dict) -> None:

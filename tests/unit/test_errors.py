@@ -81,7 +81,9 @@ def test_an_empty_catalogue_is_said_to_be_empty() -> None:
 
 
 @given(name=words, known=st.lists(words, min_size=1, max_size=5, unique=True))
-def test_advice_names_known_words_and_a_known_word_names_itself(name: str, known: list[str]) -> None:
+def test_advice_names_known_words_and_a_known_word_names_itself(
+    name: str, known: list[str]
+) -> None:
     advice = nearest(name, iter(known))
     named = [word for word in known if word in advice]
     assert named

@@ -227,13 +227,13 @@ arrays = hnp.arrays(
     st.sampled_from([np.dtype(t) for t in ("float32", "float64", "uint64", "bool", "U3")]),
     hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=3),
 )
-scalars = (
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary() | arrays
-)
+scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary() | arrays
 junk = st.recursive(
     scalars,
-    lambda inner: st.lists(inner, max_size=3)
-    | st.dictionaries(st.text(max_size=5) | st.integers(), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.text(max_size=5) | st.integers(), inner, max_size=3)
+    ),
     max_leaves=6,
 )
 

@@ -22,8 +22,8 @@ def examples(
 ) -> list[Example]:
     """Queries of different syndromes and hospitals, taken in a fixed order: not the best ones."""
     owner = {
-        handle: image_id
-        for found in matches.values()
+        handle: (image_id, site)
+        for site, found in matches.items()
         for image_id, handle in zip(found.image_ids, found.handles, strict=True)
     }
 
@@ -62,9 +62,9 @@ def examples(
                 tuple((name(s), score) for s, score in list(best.items())[:_RANKED]),
                 tuple(
                     Neighbour(
-                        face(owner[item["handle"]]),
+                        face(owner[item["handle"]][0]),
                         name(item["syndrome"]),
-                        item["site"],
+                        owner[item["handle"]][1],
                         item["score"],
                     )
                     for item in found.neighbours[row][:_NEIGHBOURS]

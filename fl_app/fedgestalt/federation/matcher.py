@@ -116,7 +116,7 @@ class FlakeMatcher(SiteExecutor):
         masked = np.asarray(self._strategy.mask(encodings, kernel.masking_seed), np.float64)
         self._handles = [new_handle() for _ in self._rows.image_ids]
         sealed = [
-            seal_label(Label(int(syndrome), int(roles)), kernel, self.site, handle)
+            seal_label(Label(int(syndrome), int(roles)), kernel, handle)
             for syndrome, roles, handle in zip(
                 self._rows.syndromes, self._rows.roles, self._handles, strict=True
             )
@@ -130,15 +130,14 @@ class FlakeMatcher(SiteExecutor):
         kernel, start = self._kernel, self._start
         if kernel is None or start is None:
             raise ServerError("scores came before a kernel was agreed", where=self.site)
-        released.check_sizes(self._rows.queries, len(start.roster), from_server)
+        released.check_sizes(self._rows.queries, from_server)
         write_matches(
             self.store / "matches" / f"{kernel.id}.json",
             self.site,
             self._rows,
             self._handles,
             released,
-            open_labels(released, start.roster, kernel),
-            start.roster,
+            open_labels(released, kernel),
         )
         return Ranked(kernel.id)
 
@@ -149,17 +148,16 @@ class FlakeMatcher(SiteExecutor):
         return self._agreement
 
 
-def open_labels(released: ReleasedRows, roster: Sequence[str], kernel: Kernel) -> dict[int, Label]:
+def open_labels(released: ReleasedRows, kernel: Kernel) -> dict[int, Label]:
     """Open the labels of all released rows, by row number.
 
     Raises:
-        PeerError: one was altered or moved.
+        ServerError: one was altered or moved.
     """
     return {
         int(row): open_label(
             released.labels[row].tobytes(),
             kernel,
-            roster[released.owners[row]],
             released.handles[row].tobytes(),
         )
         for row in np.unique(released.columns)
@@ -173,7 +171,6 @@ def write_matches(
     own_handles: Sequence[bytes],
     released: ReleasedRows,
     labels: Mapping[int, Label],
-    roster: Sequence[str],
 ) -> None:
     """Rank the site's queries and store the result at the site."""
     dense, syndromes, roles = dense_scores(released, labels)
@@ -205,7 +202,7 @@ def write_matches(
             for t in tables
         ],
         "neighbours": [
-            _neighbours(q, released, labels, roster) if asks else []
+            _neighbours(q, released, labels) if asks else []
             for q, asks in enumerate(rows.roles[queries] & (FREQUENT_TEST | rare_test(0)))
         ],
     }
@@ -220,7 +217,7 @@ def dense_scores(
     released: ReleasedRows, labels: Mapping[int, Label]
 ) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.uint32]]:
     """Scores (queries, rows) with -inf where nothing was released, syndromes and roles by row."""
-    count = len(released.owners)
+    count = len(released.handles)
     dense = np.full((len(released.columns), count), -np.inf, np.float32)
     np.put_along_axis(dense, released.columns.astype(np.int64), released.scores, 1)
     syndromes, roles = np.full(count, -1, np.int64), np.zeros(count, np.uint32)
@@ -230,7 +227,7 @@ def dense_scores(
 
 
 def _neighbours(
-    query: int, released: ReleasedRows, labels: Mapping[int, Label], roster: Sequence[str]
+    query: int, released: ReleasedRows, labels: Mapping[int, Label]
 ) -> list[dict[str, Any]]:
     """The nearest gallery images of one query of the first split."""
     found: list[dict[str, Any]] = []
@@ -240,7 +237,6 @@ def _neighbours(
             found.append(
                 {
                     "handle": released.handles[row].tobytes().hex(),
-                    "site": roster[released.owners[row]],
                     "syndrome": label.syndrome,
                     "score": round(float(score), 6),
                 }

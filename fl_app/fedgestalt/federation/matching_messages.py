@@ -60,22 +60,20 @@ class ReleasedRows(Message):
     """Server to one site: the best rows for each of its queries.
 
     Attributes:
-        owners: (rows,) index into the roster, of all rows.
-        handles, labels: of all rows that are named in ``columns``; zeros elsewhere.
+        handles, labels: by row, for the rows named in ``columns``; zeros elsewhere.
         columns: (queries, m) row numbers, best first.
         scores: (queries, m) cosine similarities.
     """
 
     schema: ClassVar[str] = "fedgestalt.matching.released-rows/1"
-    owners: NDArray[np.int32] = array("int32", 1)
     handles: NDArray[np.uint8] = array("uint8", 2)
     labels: NDArray[np.uint8] = array("uint8", 2)
     columns: NDArray[np.int32] = array("int32", 2)
     scores: NDArray[np.float32] = array("float32", 2)
 
-    def check_sizes(self, queries: int, sites: int, fault: Fault) -> None:
+    def check_sizes(self, queries: int, fault: Fault) -> None:
         """Raise ``fault`` if the parts do not belong together or to this site's queries."""
-        count = len(self.owners)
+        count = len(self.handles)
         if self.handles.shape != (count, HANDLE_BYTES) or self.labels.shape != (
             count,
             SEALED_BYTES,
@@ -83,9 +81,11 @@ class ReleasedRows(Message):
             raise fault("released handles and labels do not fit the rows")
         if self.columns.shape != self.scores.shape or len(self.columns) != queries:
             raise fault(f"scores for {len(self.columns)} queries came, {queries} were asked")
-        for what, values, limit in (("row", self.columns, count), ("site", self.owners, sites)):
-            if values.size and not 0 <= int(values.min()) <= int(values.max()) < limit:
-                raise fault(f"a {what} number is out of range")
+        if (
+            self.columns.size
+            and not 0 <= int(self.columns.min()) <= int(self.columns.max()) < count
+        ):
+            raise fault("a row number is out of range")
 
 
 @dataclass(frozen=True)

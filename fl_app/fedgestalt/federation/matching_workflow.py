@@ -64,16 +64,14 @@ class FlakeSimilarityWorkflow(PhasedWorkflow):
         rows = np.concatenate([galleries[site].rows for site in self.roster])
         handles = np.concatenate([galleries[site].handles for site in self.roster])
         labels = np.concatenate([galleries[site].labels for site in self.roster])
-        sizes = [len(galleries[site].rows) for site in self.roster]
-        owners = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
         released = {}
         for site in self.roster:
             queries = galleries[site].rows[: galleries[site].queries]
             scores = dense_gram(queries, rows, strategy.similarities)
-            released[site] = release(scores, owners, handles, labels, self._released_rows)
+            released[site] = release(scores, handles, labels, self._released_rows)
         if self._keep_gram:
             gram = dense_gram(rows, rows, strategy.similarities)
-            np.savez(self.folder / GRAM_FILE, gram=gram, handles=handles, owners=owners)
+            np.savez(self.folder / GRAM_FILE, gram=gram, handles=handles)
         kernel = galleries[self.roster[0]].kernel
 
         def on_reply(site: str, fields: object) -> None:
@@ -134,7 +132,6 @@ class FlakeSimilarityWorkflow(PhasedWorkflow):
 
 def release(
     scores: np.ndarray[Any, np.dtype[np.floating]],
-    owners: np.ndarray[Any, np.dtype[np.int32]],
     handles: np.ndarray[Any, np.dtype[np.uint8]],
     labels: np.ndarray[Any, np.dtype[np.uint8]],
     count: int,
@@ -142,7 +139,7 @@ def release(
     """The ``count`` best rows of each query, and the handles and labels of those rows only."""
     count = scores.shape[1] if count == ALL_ROWS else min(count, scores.shape[1])
     columns = np.argsort(-scores, axis=1, kind="stable")[:, :count].astype(np.int32)
-    named = np.zeros((len(owners), 1), np.uint8)
+    named = np.zeros((len(handles), 1), np.uint8)
     named[np.unique(columns)] = 1
     best = np.take_along_axis(scores, columns.astype(np.int64), 1).astype(np.float32)
-    return ReleasedRows(owners, handles * named, labels * named, columns, best)
+    return ReleasedRows(handles * named, labels * named, columns, best)

@@ -229,7 +229,7 @@ def training_curve(rounds: Sequence[RoundFacts], metric: str, title: str) -> Mar
         last = max(curve)
         parts.append(_curve([x(n) for n in curve], [y(v) for v in curve.values()], name, 2.6))
         parts.append(_line(x(last) + 5, ends[i], x(numbers[-1]) + 12, labels[i], f"leader {name}"))
-        label = _shortened(member, 14)
+        label = _shortened(member, 12)
         parts.append(_text(x(numbers[-1]) + 16, labels[i] + 4, label, f"label {name}"))
     return _svg(width, height, "training", title, parts)
 

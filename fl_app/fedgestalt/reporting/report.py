@@ -32,7 +32,7 @@ _NUMBERS: Final = (
     *("No", "One", "Two", "Three", "Four", "Five", "Six"),
     *("Seven", "Eight", "Nine", "Ten", "Eleven", "Twelve"),
 )
-_RANKED, _NEIGHBOURS = 5, 6
+_NEIGHBOURS: Final = 6
 
 TABLE_WORDS: Final[Mapping[str, tuple[str, str]]] = {
     "frequent": (
@@ -70,7 +70,7 @@ def write_report(
     Args:
         path: of the file; its folder exists.
         result: what the run found.
-        examples: queries to show, best chosen by chance and not by success.
+        examples: queries to show; chosen by chance, not by success, they are honest.
         view: similarities to draw as a map; None leaves the map out.
 
     Raises:
@@ -154,8 +154,8 @@ def summary(result: Result) -> str:
         return f"{text} Pooling all images in one place would reach the same."
     if federated > pooled:
         return f"{text} Pooling all images in one place reached less ({percent(pooled)})."
-    kept = percent(federated / pooled)
-    return f"{text} That is {kept} of what pooling all images in one place would reach."
+    kept = f"{percent(federated / pooled)} of what pooling all images in one place would reach"
+    return f"{text} The federated result is {kept}."
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Sealed labels: fixed-length ciphertexts that sites can open and the server cannot.
 
 All ciphertexts have one length and a random nonce, so that not even the equality of two labels
-shows. A label is bound to its handle, its site and its kernel: the server cannot move it to another
-row without notice.
+shows. A label is bound to its handle and its kernel: the server cannot move it to another row
+without notice. It does not say which hospital the image belongs to.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
-from fedgestalt.errors import PeerError
+from fedgestalt.errors import ServerError
 from fedgestalt.similarity.kernel import Kernel
 
 HANDLE_BYTES = 16
@@ -41,31 +41,29 @@ def new_handle() -> bytes:
     return os.urandom(HANDLE_BYTES)
 
 
-def seal_label(label: Label, kernel: Kernel, site: str, handle: bytes) -> bytes:
+def seal_label(label: Label, kernel: Kernel, handle: bytes) -> bytes:
     """Encrypt ``label`` for all sites that hold ``kernel``; ``SEALED_BYTES`` long."""
     nonce = os.urandom(_NONCE_BYTES)
     plain = _PLAIN.pack(label.syndrome, label.roles)
     cipher = ChaCha20Poly1305(kernel.label_key)
-    return nonce + cipher.encrypt(nonce, plain, _context(kernel, site, handle))
+    return nonce + cipher.encrypt(nonce, plain, _context(kernel, handle))
 
 
-def open_label(sealed: bytes, kernel: Kernel, site: str, handle: bytes) -> Label:
+def open_label(sealed: bytes, kernel: Kernel, handle: bytes) -> Label:
     """Decrypt and check a label.
 
     Raises:
-        PeerError: it was altered, moved to another row, or sealed under another kernel.
+        ServerError: it was altered, moved to another row, or sealed under another kernel.
     """
     nonce, body = sealed[:_NONCE_BYTES], sealed[_NONCE_BYTES:]
     try:
-        plain = ChaCha20Poly1305(kernel.label_key).decrypt(
-            nonce, body, _context(kernel, site, handle)
-        )
+        plain = ChaCha20Poly1305(kernel.label_key).decrypt(nonce, body, _context(kernel, handle))
     except InvalidTag:
-        raise PeerError(
-            "a sealed label does not open: it was altered or moved to another row", site=site
+        raise ServerError(
+            "a sealed label does not open: it was altered or moved to another row", where="server"
         ) from None
     return Label(*_PLAIN.unpack(plain))
 
 
-def _context(kernel: Kernel, site: str, handle: bytes) -> bytes:
-    return b"|".join((b"fedgestalt label/1", kernel.id.encode(), site.encode(), handle))
+def _context(kernel: Kernel, handle: bytes) -> bytes:
+    return b"|".join((b"fedgestalt label/1", kernel.id.encode(), handle))

@@ -42,7 +42,7 @@ def clusters(number=4, size=15, seed=0):
 
 
 def parsed(svg):
-    return list(ET.fromstring(str(svg)).iter())  # noqa: S314 - our own
+    return list(ET.fromstring(str(svg)).iter())
 
 
 def elements(svg, name):

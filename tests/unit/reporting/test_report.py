@@ -173,8 +173,8 @@ def test_pictures_are_not_excused_where_they_are_shown(written):
 def test_the_summary_of_one_seed():
     assert summary(result()) == (
         "Three hospitals, 1,442 images of 540 people: the true syndrome came first for 53\u202f% of"
-        " the test images, against 36\u202f% for a hospital alone and 5\u202f% by chance. That is"
-        " 96\u202f% of what pooling all images in one place would reach."
+        " the test images, against 36\u202f% for a hospital alone and 5\u202f% by chance. The"
+        " federated result is 96\u202f% of what pooling all images in one place would reach."
     )
 
 

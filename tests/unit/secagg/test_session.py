@@ -68,7 +68,7 @@ def test_masks_cancel_and_the_aggregate_is_that_of_the_plain_words(count: int) -
 @given(st.integers(3, 9), st.integers(1, 400), st.integers(0, 2**32))
 def test_masking_and_summing_is_the_identity_on_the_sum(n: int, size: int, seed: int) -> None:
     facts = facts_for(n, size)
-    server, sites, keys = opened(facts)
+    _, sites, keys = opened(facts)
     vectors = vectors_for(facts, seed)
     total = np.zeros(facts.plan.words, np.uint32)
     for site, session in sites.items():

@@ -36,7 +36,9 @@ def test_ranks_equal_the_plain_definition(q: int, g: int, classes: int, seed: in
     gallery = rng.integers(0, classes, g)
     truth = rng.integers(0, classes + 2, q)
     ranks = score_syndromes(similarities, gallery).ranks(truth)
-    assert ranks.tolist() == [plain_rank(r, gallery, t) for r, t in zip(similarities, truth)]
+    assert ranks.tolist() == [
+        plain_rank(r, gallery, t) for r, t in zip(similarities, truth, strict=True)
+    ]
 
 
 def test_top_lists_syndromes_best_first() -> None:

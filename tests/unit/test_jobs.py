@@ -1,0 +1,415 @@
+"""Job specifications and FLARE job folders say the same."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from nvflare.apis.executor import Executor
+from nvflare.apis.impl.controller import Controller
+
+from fedgestalt.errors import ConfigError
+from fedgestalt.jobs import (
+    JOBS,
+    JobSpec,
+    MatchingJob,
+    TrainingJob,
+    job_class,
+    read_job,
+    render_job,
+    template_folder,
+    with_settings,
+)
+from fedgestalt.learning.spec import EnsembleSpec, MemberSpec, TrainingSpec
+
+SERVER, CLIENT = "app/config/config_fed_server.json", "app/config/config_fed_client.json"
+FILES = ("meta.json", SERVER, CLIENT)
+DIGEST = "0123456789abcdef" * 4
+
+site_names = st.lists(
+    st.from_regex(r"[a-z][a-z0-9-]{0,5}", fullmatch=True), max_size=3, unique=True
+)
+common = {
+    "sites": site_names.map(tuple),
+    "minimum_sites": st.integers(3, 9),
+    "phase_limit_seconds": st.floats(0.001, 1e6),
+}
+training = st.builds(
+    TrainingSpec,
+    epochs=st.integers(1, 5),
+    batch_size=st.integers(2, 64),
+    learning_rate=st.floats(1e-6, 1),
+    dropout=st.floats(0, 0.9),
+)
+members = st.builds(
+    MemberSpec,
+    name=st.from_regex(r"[a-z0-9][a-z0-9_-]{0,5}", fullmatch=True),
+    backbone=st.sampled_from(["sface", "iresnet"]),
+    options=st.dictionaries(st.sampled_from(["depth", "width"]), st.integers(1, 100)),
+    trainable=st.sampled_from(["none", "neck", "all"]),
+    training=training,
+)
+ensembles = st.builds(
+    EnsembleSpec,
+    members=st.lists(members, min_size=1, max_size=2, unique_by=lambda m: m.name).map(tuple),
+    seed=st.integers(0, 2**40),
+)
+jobs = st.builds(
+    TrainingJob,
+    ensemble=ensembles,
+    rounds=st.integers(1, 10_000),
+    max_images_per_site=st.integers(2, 10**6),
+    **common,
+) | st.builds(
+    MatchingJob,
+    ensemble=st.from_regex(r"[0-9a-f]{64}", fullmatch=True),
+    strategy=st.sampled_from(["isometry", "another"]),
+    released_rows=st.integers(0, 500),
+    keep_gram=st.booleans(),
+    **common,
+)
+
+
+@pytest.fixture(params=JOBS, ids=str)
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A rendered folder of each default job."""
+    render_job(JOBS[request.param](), tmp_path / "job")
+    return tmp_path / "job"
+
+
+def load(folder: Path, file: str) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((folder / file).read_text())
+    return content
+
+
+def change(folder: Path, file: str, edit: Callable[[dict[str, Any]], object]) -> None:
+    content = load(folder, file)
+    edit(content)
+    (folder / file).write_text(json.dumps(content))
+
+
+def components(folder: Path) -> Iterator[dict[str, Any]]:
+    server, client = load(folder, SERVER), load(folder, CLIENT)
+    yield from server["workflows"]
+    yield from server["components"]
+    yield from client["components"]
+    yield from (item["executor"] for item in client["executors"])
+
+
+# --- there and back ------------------------------------------------------------------------------
+
+
+@given(job=jobs)
+@settings(max_examples=40, deadline=None)
+def test_a_job_survives_its_folder(job: JobSpec) -> None:
+    with tempfile.TemporaryDirectory() as place:
+        render_job(job, Path(place) / "job")
+        assert read_job(Path(place) / "job") == job
+
+
+@given(job=jobs, count=st.integers(4, 12))
+@settings(max_examples=20, deadline=None)
+def test_all_named_sites_are_needed_whatever_the_minimum(job: JobSpec, count: int) -> None:
+    names = tuple(f"site-{number}" for number in range(count))
+    job = job.model_copy(update={"sites": names, "minimum_sites": 3})
+    with tempfile.TemporaryDirectory() as place:
+        first, second = Path(place) / "first", Path(place) / "second"
+        render_job(job, first)
+        assert load(first, "meta.json")["min_clients"] == count
+        assert load(first, "meta.json")["deploy_map"] == {"app": ["server", *names]}
+        render_job(read_job(first), second)
+        assert [load(first, file) for file in FILES] == [load(second, file) for file in FILES]
+
+
+def test_a_job_for_nobody_in_particular_goes_to_all(folder: Path) -> None:
+    assert load(folder, "meta.json")["deploy_map"] == {"app": ["@ALL"]}
+
+
+def test_the_name_in_the_folder_is_the_templates_unless_another_is_given(tmp_path: Path) -> None:
+    render_job(MatchingJob(), tmp_path / "a")
+    render_job(MatchingJob(), tmp_path / "b", name="march")
+    assert load(tmp_path / "a", "meta.json")["name"] == "match"
+    assert load(tmp_path / "b", "meta.json")["name"] == "march"
+    assert read_job(tmp_path / "b") == MatchingJob()
+
+
+@pytest.mark.parametrize("template", JOBS)
+def test_the_templates_are_what_the_defaults_render(template: str, folder: Path) -> None:
+    render_job(JOBS[template](), folder / "again")
+    for file in FILES:
+        kept = (template_folder() / template / file).read_text(encoding="utf-8")
+        assert kept == (folder / "again" / file).read_text(encoding="utf-8"), file
+
+
+def test_every_template_has_a_folder_with_a_readme_and_every_folder_a_template() -> None:
+    folders = {path.name for path in template_folder().iterdir() if path.is_dir()}
+    assert folders == set(JOBS)
+    for name in folders:
+        assert (template_folder() / name / "README.md").read_text().strip()
+
+
+# --- what FLARE reads ----------------------------------------------------------------------------
+
+
+def test_every_component_is_ours_and_can_be_imported(folder: Path) -> None:
+    found = list(components(folder))
+    assert len(found) >= 2
+    for component in found:
+        module, _, name = component["path"].rpartition(".")
+        assert module.startswith("fedgestalt.")
+        assert isinstance(getattr(importlib.import_module(module), name), type)
+
+
+def test_components_are_named_by_path_alone(folder: Path) -> None:
+    for component in components(folder):
+        assert component.keys() <= {"id", "path", "args"}
+
+
+def test_flare_can_build_what_the_folder_names(folder: Path) -> None:
+    bases = {"workflows": Controller, "executors": Executor}
+    for file, key in ((SERVER, "workflows"), (CLIENT, "executors")):
+        (item,) = load(folder, file)[key]
+        component = item.get("executor", item)
+        module, _, name = component["path"].rpartition(".")
+        made = getattr(importlib.import_module(module), name)(**component["args"])
+        assert isinstance(made, bases[key])
+
+
+def test_a_job_says_nothing_of_a_sites_folders(folder: Path) -> None:
+    said = "".join((folder / file).read_text() for file in FILES)
+    assert '"data"' not in said
+    assert '"store"' not in said
+
+
+# --- settings ------------------------------------------------------------------------------------
+
+
+def test_settings_are_yaml_values_under_dotted_keys() -> None:
+    job = with_settings(
+        TrainingJob(),
+        {
+            "rounds": "10",
+            "sites": "[bonn, ulm, kiel]",
+            "phase_limit_seconds": "1.5e+2",
+            "ensemble.seed": "7",
+            "ensemble.members.0.training.epochs": "3",
+            "ensemble.members.1.options": "{depth: 18, width: 4}",
+            "ensemble.members.1.options.embedding_size": "8",
+        },
+    )
+    assert (job.rounds, job.sites, job.phase_limit_seconds) == (10, ("bonn", "ulm", "kiel"), 150.0)
+    assert job.ensemble.seed == 7
+    assert job.ensemble.members[0].training.epochs == 3
+    assert job.ensemble.members[1].options == {"depth": 18, "width": 4, "embedding_size": 8}
+
+
+def test_a_whole_item_of_a_list_can_be_set() -> None:
+    member = "{name: tiny, backbone: iresnet, trainable: all}"
+    job = with_settings(TrainingJob(), {"ensemble.members.0": member})
+    assert job.ensemble.members[0] == MemberSpec(name="tiny", backbone="iresnet", trainable="all")
+    assert job.ensemble.members[1:] == TrainingJob().ensemble.members[1:]
+
+
+def test_no_settings_change_nothing() -> None:
+    assert with_settings(MatchingJob(), {}) == MatchingJob()
+
+
+def test_the_job_that_was_given_stays() -> None:
+    job = TrainingJob()
+    with_settings(job, {"ensemble.members.0.options.dropout": "0.5"})
+    assert job == TrainingJob()
+
+
+@pytest.mark.parametrize(
+    ("key", "advice"),
+    [
+        ("round", "did you mean 'rounds'"),
+        ("ensembel.seed", "did you mean 'ensemble'"),
+        ("ensemble.membres.0.name", "did you mean 'members'"),
+        ("ensemble.members.0.trainig.epochs", "did you mean 'training'"),
+        ("ensemble.sede", "did you mean 'seed'"),
+        ("ensemble.members.0.training.epoch", "did you mean 'epochs'"),
+    ],
+)
+def test_an_unknown_key_names_the_nearest_known_one(key: str, advice: str) -> None:
+    with pytest.raises(ConfigError, match="unknown key") as fault:
+        with_settings(TrainingJob(), {key: "1"})
+    assert advice in fault.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("rounds", "0"),
+        ("rounds", "many"),
+        ("rounds", "[1"),
+        ("rounds", "!!python/object:os.system {}"),
+        ("rounds.of", "1"),
+        ("rounds.of.beer", "1"),
+        ("minimum_sites", "2"),
+        ("phase_limit_seconds", "0"),
+        ("ensemble", "all of them"),
+        ("ensemble.members", "[]"),
+        ("ensemble.members.9.name", "x"),
+        ("ensemble.members.9", "{}"),
+        ("ensemble.members.-1", "{}"),
+        ("ensemble.members.first", "{}"),
+        ("ensemble.members.²", "{}"),
+        ("ensemble.members.².name", "x"),
+        ("ensemble.members.1.name", "fine-tuned"),
+        ("sites.0", "bonn"),
+        ("", "1"),
+        (".", "1"),
+        ("ensemble.", "1"),
+    ],
+)
+def test_a_setting_that_makes_no_sense_is_refused(key: str, value: str) -> None:
+    with pytest.raises(ConfigError, match="settings of job train_ensemble"):
+        with_settings(TrainingJob(), {key: value})
+
+
+keys = st.lists(
+    st.sampled_from(["ensemble", "members", "0", "1", "rounds", "sites", "training"]) | st.text(),
+    min_size=1,
+    max_size=4,
+).map(".".join)
+
+
+@given(key=keys, value=st.text())
+@settings(deadline=None)
+def test_arbitrary_settings_give_a_job_or_a_config_error(key: str, value: str) -> None:
+    try:
+        job = with_settings(TrainingJob(), {key: value})
+    except ConfigError as fault:
+        assert fault.where == "settings of job train_ensemble"  # noqa: PT017  either is right
+    else:
+        assert TrainingJob.model_validate(job.model_dump()) == job
+
+
+def test_an_unknown_template_names_the_nearest_one() -> None:
+    with pytest.raises(ConfigError, match="'train_ensembel'; did you mean 'train_ensemble'"):
+        job_class("train_ensembel")
+
+
+@pytest.mark.parametrize("digest", ["abc", DIGEST.upper(), DIGEST + "0", f"{DIGEST}\n"])
+def test_what_is_no_digest_names_no_ensemble(digest: str) -> None:
+    with pytest.raises(ValueError, match="ensemble"):
+        MatchingJob(ensemble=digest)
+
+
+# --- refusals ------------------------------------------------------------------------------------
+
+
+def test_an_existing_folder_is_never_written_into(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="exists already"):
+        render_job(MatchingJob(), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="cannot be written"):
+        render_job(MatchingJob(), tmp_path / "file" / "job")
+
+
+@pytest.mark.parametrize("path", ["os.system", "app.custom.Workflow", "", None, ["list"], {}])
+def test_a_workflow_of_somebody_else_is_refused(folder: Path, path: object) -> None:
+    change(folder, SERVER, lambda server: server["workflows"][0].update(path=path))
+    with pytest.raises(ConfigError, match="is no job of this project"):
+        read_job(folder)
+
+
+@pytest.mark.parametrize("path", ["os.system", "custom.Spy", "fedgestalt.federation.site.Other"])
+def test_another_executor_is_refused(folder: Path, path: str) -> None:
+    change(folder, CLIENT, lambda client: client["executors"][0]["executor"].update(path=path))
+    with pytest.raises(ConfigError, match="executors differs"):
+        read_job(folder)
+
+
+@pytest.mark.parametrize(
+    ("file", "edit"),
+    [
+        (CLIENT, lambda c: c["components"].append({"id": "spy", "path": "custom.Spy"})),
+        (CLIENT, lambda c: c["task_result_filters"].append({"filters": []})),
+        (CLIENT, lambda c: c["executors"].append(c["executors"][0])),
+        (CLIENT, lambda c: c.update(extra=1)),
+        (SERVER, lambda c: c["components"].append({"id": "spy", "path": "custom.Spy"})),
+        (SERVER, lambda c: c["workflows"].append(c["workflows"][0])),
+        (SERVER, lambda c: c.update(extra=1)),
+        ("meta.json", lambda c: c.update(byoc=True)),
+        ("meta.json", lambda c: c["deploy_map"].update(spy=["@ALL"])),
+        ("meta.json", lambda c: c.pop("notice")),
+    ],
+)
+def test_a_folder_that_says_more_or_less_than_the_job_is_refused(
+    folder: Path, file: str, edit: Callable[[dict[str, Any]], object]
+) -> None:
+    change(folder, file, edit)
+    with pytest.raises(ConfigError, match="differs") as fault:
+        read_job(folder)
+    assert fault.value.where.endswith(file)
+    assert "render the job again" in fault.value.remedy
+
+
+def test_server_and_sites_must_be_told_the_same_ensemble(tmp_path: Path) -> None:
+    render_job(TrainingJob(), tmp_path / "job")
+    change(
+        tmp_path / "job",
+        CLIENT,
+        lambda c: c["executors"][0]["executor"]["args"]["ensemble"].update(seed=99),
+    )
+    with pytest.raises(ConfigError, match="executors differs"):
+        read_job(tmp_path / "job")
+
+
+def test_an_unknown_key_in_a_folder_names_the_nearest_known_one(folder: Path) -> None:
+    change(folder, SERVER, lambda s: s["workflows"][0]["args"].update(phase_limit_second=1))
+    with pytest.raises(ConfigError, match="did you mean 'phase_limit_seconds'"):
+        read_job(folder)
+
+
+@pytest.mark.parametrize("minimum", [2, 0, "three", None, []])
+def test_fewer_than_three_sites_are_refused(folder: Path, minimum: object) -> None:
+    change(folder, "meta.json", lambda meta: meta.update(min_clients=minimum))
+    with pytest.raises(ConfigError, match="minimum_sites"):
+        read_job(folder)
+
+
+@pytest.mark.parametrize("workflows", [5, "x", {}, {"id": 1}, ["x"], [[]], [None], None, []])
+def test_workflows_of_another_shape_are_refused(folder: Path, workflows: object) -> None:
+    change(folder, SERVER, lambda server: server.update(workflows=workflows))
+    with pytest.raises(ConfigError, match="is no job of this project"):
+        read_job(folder)
+
+
+@pytest.mark.parametrize("arguments", [5, "x", ["x"], None])
+def test_arguments_of_another_shape_are_refused(folder: Path, arguments: object) -> None:
+    change(folder, SERVER, lambda server: server["workflows"][0].update(args=arguments))
+    with pytest.raises(ConfigError, match=SERVER):
+        read_job(folder)
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_missing_file_is_named(folder: Path, file: str) -> None:
+    (folder / file).unlink()
+    with pytest.raises(ConfigError, match=f"{file}: is missing"):
+        read_job(folder)
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize(
+    ("content", "says"), [(b"{", "JSON"), (b"\xff", "JSON"), (b"[]", "object")]
+)
+def test_a_file_that_is_no_json_object_is_named(
+    folder: Path, file: str, content: bytes, says: str
+) -> None:
+    (folder / file).write_bytes(content)
+    with pytest.raises(ConfigError, match=f"{file}: is not .*{says}"):
+        read_job(folder)
