@@ -63,7 +63,7 @@ class TrainingJob(JobSpec):
     executor: ClassVar[str] = "fedgestalt.federation.trainer.EnsembleTrainer"
 
     ensemble: EnsembleSpec = Field(default_factory=default_ensemble)
-    rounds: int = Field(default=8, ge=1, le=10_000)
+    rounds: int = Field(default=6, ge=1, le=10_000)
     max_images_per_site: int = Field(
         default=4096, ge=2, description="public bound on a site's training images"
     )

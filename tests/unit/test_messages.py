@@ -272,7 +272,7 @@ def real_messages() -> list[type[Message]]:
         children = left.pop().__subclasses__()
         left += children
         found += [kind for kind in children if kind.__module__.startswith("fedgestalt.")]
-    return found
+    return sorted(found, key=lambda kind: kind.schema)
 
 
 def test_every_message_has_a_versioned_schema_of_its_own() -> None:

@@ -83,7 +83,7 @@ class SiteMatches:
     image_ids: tuple[str, ...]
     handles: tuple[str, ...]
     ranked: tuple[Ranked, ...]
-    neighbours: tuple[tuple[dict[str, Any], ...], ...]
+    queries: tuple[dict[str, Any], ...]
 
 
 def read_matches(hospital: Hospital, kernel: str) -> SiteMatches:
@@ -106,7 +106,7 @@ def read_matches(hospital: Hospital, kernel: str) -> SiteMatches:
         tuple(entry["image"] for entry in content["images"]),
         tuple(entry["handle"] for entry in content["images"]),
         ranked,
-        tuple(tuple(found) for found in content["neighbours"]),
+        tuple(content["queries"]),
     )
 
 

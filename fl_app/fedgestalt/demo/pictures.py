@@ -36,8 +36,8 @@ def examples(
     candidates = [
         (site, found, row)
         for site, found in matches.items()
-        for row, neighbours in enumerate(found.neighbours)
-        if neighbours and found.image_ids[row] in set(cohort.frequent_test)
+        for row, query in enumerate(found.queries)
+        if query["ranked"] and found.image_ids[row] in set(cohort.frequent_test)
     ]
     order = np.random.default_rng(0).permutation(len(candidates))
     chosen: list[Example] = []
@@ -45,21 +45,18 @@ def examples(
     sites: list[str] = []
     for index in order:
         site, found, row = candidates[index]
-        record = cohort.images[found.image_ids[row]]
+        record, query = cohort.images[found.image_ids[row]], found.queries[row]
         crowded = sites.count(site) > len(sites) // len(matches)
         if record.syndrome in seen or crowded:
             continue
         seen.add(record.syndrome)
         sites.append(site)
-        best: dict[int, float] = {}
-        for item in found.neighbours[row]:
-            best.setdefault(item["syndrome"], item["score"])
         chosen.append(
             Example(
                 face(record.image_id),
                 site,
                 name(record.syndrome),
-                tuple((name(s), score) for s, score in list(best.items())[:_RANKED]),
+                tuple((name(s), score) for s, score in query["ranked"][:_RANKED]),
                 tuple(
                     Neighbour(
                         face(owner[item["handle"]][0]),
@@ -67,7 +64,7 @@ def examples(
                         owner[item["handle"]][1],
                         item["score"],
                     )
-                    for item in found.neighbours[row][:_NEIGHBOURS]
+                    for item in query["neighbours"][:_NEIGHBOURS]
                 ),
             )
         )

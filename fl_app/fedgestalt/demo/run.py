@@ -15,6 +15,7 @@ from typing import Any
 
 from fedgestalt.cohort import (
     Cohort,
+    check_cohort,
     default_cache,
     materialise,
     read_cohort,
@@ -33,6 +34,7 @@ from fedgestalt.reporting.report import write_report
 from fedgestalt.reporting.result import CohortFacts, Privacy, Result, RoundFacts, SiteFacts
 
 MINIMUM_HOSPITALS = 3
+_LIMIT = {"phase_limit_seconds": 900.0}
 TRAINING_DISCLOSURE = (
     "The server learns the weighted mean of the hospitals' updates, the total number of training"
     " images, the mean loss and accuracy, and how many values were clipped in all; nothing of one"
@@ -116,7 +118,10 @@ def open_cohort(name: str, steps: Steps) -> tuple[Cohort, bool]:
     """
     catalogue = get_registry().cohorts
     if name not in catalogue.names() and ("/" in name or Path(name).is_dir()):
-        with steps.step("cohort", f"Reading the cohort in {name}"):
+        with steps.step("cohort", f"Checking the cohort in {name}"):
+            for finding in check_cohort(Path(name)):
+                if finding.severity == "error":
+                    raise finding.as_error()
             return read_cohort(Path(name)), True
     source = catalogue.get(name)
     with steps.step("cohort", f"Preparing cohort {name}"):
@@ -183,7 +188,7 @@ def _site_facts(name: str, found: SiteMatches) -> SiteFacts:
         images=len(cohort.images),
         subjects=len(cohort.subjects),
         training_images=len(cohort.train),
-        queries=len(found.neighbours),
+        queries=len(found.queries),
     )
 
 
@@ -218,9 +223,9 @@ class _SeedRun:
         """Run both jobs; returns the ensemble, the kernel id and both outcomes."""
         spec = default_ensemble(self._seed)
         trained = self._job(
-            "train", "Hospitals train together under masks", TrainingJob(ensemble=spec)
+            "train", "Hospitals train together under masks", TrainingJob(ensemble=spec, **_LIMIT)
         )
-        job = MatchingJob(ensemble=trained["ensemble"], released_rows=0, keep_gram=True)
+        job = MatchingJob(ensemble=trained["ensemble"], released_rows=0, keep_gram=True, **_LIMIT)
         matched = self._job("match", "Hospitals match their patients through FLAKE", job)
         return spec, str(matched["kernel"]), trained, matched
 

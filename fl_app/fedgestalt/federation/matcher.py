@@ -45,9 +45,10 @@ from fedgestalt.similarity.kernel import (
 )
 from fedgestalt.similarity.labels import Label, new_handle, open_label, seal_label
 from fedgestalt.similarity.order import ImageOrder, image_order
+from fedgestalt.similarity.ranking import score_syndromes
 
 MATCHES_SCHEMA = "fedgestalt.matches/1"
-_NEIGHBOURS = 10
+_RANKED, _NEIGHBOURS = 10, 10
 
 
 class FlakeMatcher(SiteExecutor):
@@ -201,9 +202,11 @@ def write_matches(
             }
             for t in tables
         ],
-        "neighbours": [
-            _neighbours(q, released, labels) if asks else []
-            for q, asks in enumerate(rows.roles[queries] & (FREQUENT_TEST | rare_test(0)))
+        "queries": [
+            _ranked_query(dense[row], syndromes, roles, released.handles)
+            if rows.roles[row] & (FREQUENT_TEST | rare_test(0))
+            else {"ranked": [], "neighbours": []}
+            for row in range(rows.queries)
         ],
     }
     target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -226,24 +229,30 @@ def dense_scores(
     return dense, syndromes, roles
 
 
-def _neighbours(
-    query: int, released: ReleasedRows, labels: Mapping[int, Label]
-) -> list[dict[str, Any]]:
-    """The nearest gallery images of one query of the first split."""
-    found: list[dict[str, Any]] = []
-    for row, score in zip(released.columns[query], released.scores[query], strict=True):
-        label = labels[int(row)]
-        if label.roles & (FREQUENT_GALLERY | rare_gallery(0)):
-            found.append(
-                {
-                    "handle": released.handles[row].tobytes().hex(),
-                    "syndrome": label.syndrome,
-                    "score": round(float(score), 6),
-                }
-            )
-            if len(found) == _NEIGHBOURS:
-                break
-    return found
+def _ranked_query(
+    scores: NDArray[np.float32],
+    syndromes: NDArray[np.int64],
+    roles: NDArray[np.uint32],
+    handles: NDArray[np.uint8],
+) -> dict[str, Any]:
+    """Ranked syndromes and nearest gallery images of one query, in the first rare split."""
+    known = np.isfinite(scores) & ((roles & (FREQUENT_GALLERY | rare_gallery(0))) > 0)
+    gallery = np.flatnonzero(known)
+    if not len(gallery):
+        return {"ranked": [], "neighbours": []}
+    ranked = score_syndromes(scores[None, gallery], syndromes[gallery]).top(0, _RANKED)
+    nearest = gallery[np.argsort(-scores[gallery], kind="stable")[:_NEIGHBOURS]]
+    return {
+        "ranked": [[syndrome, round(score, 6)] for syndrome, score in ranked],
+        "neighbours": [
+            {
+                "handle": handles[row].tobytes().hex(),
+                "syndrome": int(syndromes[row]),
+                "score": round(float(scores[row]), 6),
+            }
+            for row in nearest
+        ],
+    }
 
 
 def _stack(items: Sequence[bytes]) -> NDArray[np.uint8]:

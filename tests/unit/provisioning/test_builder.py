@@ -8,15 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from nvflare.apis.fl_exception import UnsafeComponentError
+from nvflare.apis.workspace import Workspace
+from nvflare.app_common.widgets.component_path_authorizer import ComponentPathAuthorizer
 from nvflare.lighter.provision import prepare_builders, prepare_project
 from nvflare.lighter.provisioner import Provisioner
 
-from fedgestalt_provisioning import FedgestaltPolicyBuilder
+from fedgestalt.jobs import JOBS
 from fedgestalt_provisioning.builder import OUR_CLASSES
 
 SITES = ("bonn", "berlin")
 OURS = {"path": "fedgestalt_provisioning.FedgestaltPolicyBuilder"}
 FLARE = "nvflare.lighter.impl"
+COMPONENTS = sorted({path for job in JOBS.values() for path in (job.workflow, job.executor)})
 
 Kits = Callable[..., Path]
 
@@ -105,7 +109,25 @@ def test_the_kit_of_an_administrator_stays_as_it_is(provision: Kits) -> None:
     assert OUR_CLASSES not in allowed(provision(ours=1), "lead@example.org")
 
 
-def test_the_entry_allows_the_package_and_no_namesake() -> None:
-    assert OUR_CLASSES == "fedgestalt."
-    assert FedgestaltPolicyBuilder.__module__.startswith("fedgestalt_provisioning")
-    assert not FedgestaltPolicyBuilder.__module__.startswith(OUR_CLASSES)
+def authorise(kit: Path, component: str) -> None:
+    """What FLARE does at every party before it builds a component of a job."""
+    workspace = Workspace(str(kit), site_name=kit.name)
+    ComponentPathAuthorizer().authorize_component_config({"path": component}, workspace=workspace)
+
+
+@pytest.mark.parametrize("component", COMPONENTS)
+@pytest.mark.parametrize("participant", ["localhost", *SITES])
+def test_flare_builds_the_components_of_our_jobs_with_the_builder_and_not_without(
+    provision: Kits, participant: str, component: str
+) -> None:
+    authorise(provision(ours=1) / participant, component)
+    with pytest.raises(UnsafeComponentError, match="is not in allow_list"):
+        authorise(provision(ours=0) / participant, component)
+
+
+@pytest.mark.parametrize(
+    "component", ["fedgestalt_plugins.matching.isometry.Isometry", "fedgestaltx.Spy", "custom.Spy"]
+)
+def test_flare_builds_no_namesake_and_no_plugin_by_path(provision: Kits, component: str) -> None:
+    with pytest.raises(UnsafeComponentError, match="is not in allow_list"):
+        authorise(provision(ours=1) / "bonn", component)

@@ -1,0 +1,275 @@
+"""Local training: it learns, it can be repeated, and it changes what it should."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedgestalt.errors import SiteError
+from fedgestalt.hooks import get_registry
+from fedgestalt.learning.ensemble import (
+    Ensemble,
+    SharedState,
+    build_ensemble,
+    read_shared_state,
+)
+from fedgestalt.learning.spec import EnsembleSpec, MemberSpec, TrainingSpec
+from fedgestalt.learning.training import (
+    LocalTrainer,
+    TrainingSet,
+    class_weights,
+    shuffled_batches,
+)
+
+TINY = {"depth": 18, "width": 4, "embedding_size": 8, "input_size": 32}
+QUICK = TrainingSpec(
+    epochs=2, batch_size=4, learning_rate=1e-2, head_learning_rate=1e-2, dropout=0.1, variants=2
+)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Networks this small are slower on several threads than on one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def build(*trainable: Any, **changes: Any) -> Ensemble:
+    training = QUICK.model_copy(update=changes)
+    members = tuple(
+        MemberSpec(name=f"m-{t}", backbone="iresnet", options=TINY, trainable=t, training=training)
+        for t in trainable or ("neck", "all", "none")
+    )
+    return build_ensemble(EnsembleSpec(members=members), 2, get_registry())
+
+
+def easy_set(images: int = 8, classes: int = 2) -> TrainingSet:
+    """Two classes: one dark above, the other dark below."""
+    faces = np.random.default_rng(0).integers(0, 120, (images, 112, 112, 3), np.uint8)
+    targets = np.arange(images) % 2
+    for face, target in zip(faces, targets, strict=True):
+        (face[:56] if target else face[56:])[:] += 120
+    return TrainingSet(faces, targets.astype(np.int64), classes)
+
+
+def trainer(ensemble: Ensemble, seed: int = 1, cache: Path | None = None) -> LocalTrainer:
+    return LocalTrainer(ensemble, easy_set(), CPU, seed, cache)
+
+
+def assert_equal(one: SharedState, other: SharedState) -> None:
+    assert one.keys() == other.keys()
+    for name, values in one.items():
+        np.testing.assert_array_equal(values, other[name], err_msg=name)
+
+
+# --- a round -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("trainable", ["neck", "all"])
+def test_training_lowers_the_loss(trainable: str) -> None:
+    ensemble = build(trainable)
+    learner, state = trainer(ensemble), read_shared_state(ensemble)
+    losses, accuracy = [], 0.0
+    for number in range(1, 6):
+        state, metrics = learner.run_round(state, number)
+        losses.append(metrics[f"m-{trainable}"].loss)
+        accuracy = metrics[f"m-{trainable}"].accuracy
+    assert losses[-1] < 0.6 * losses[0]
+    assert accuracy >= 0.75
+
+
+def test_a_round_can_be_repeated() -> None:
+    results = []
+    for _ in range(2):
+        ensemble = build()
+        results.append(trainer(ensemble).run_round(read_shared_state(ensemble), 1))
+    assert_equal(results[0][0], results[1][0])
+    assert results[0][1] == results[1][1]
+
+
+def test_a_round_starts_from_the_given_state_whatever_came_before() -> None:
+    ensemble = build("neck")
+    learner, start = trainer(ensemble), read_shared_state(ensemble)
+    first, _ = learner.run_round(start, 1)
+    learner.run_round(first, 2)
+    again, _ = learner.run_round(start, 1)
+    assert_equal(first, again)
+
+
+@pytest.mark.parametrize(("seed", "round_number"), [(2, 1), (1, 2)])
+def test_another_seed_or_round_trains_differently(seed: int, round_number: int) -> None:
+    ensemble = build("neck")
+    start = read_shared_state(ensemble)
+    one, _ = trainer(ensemble, seed=1).run_round(start, 1)
+    other, _ = trainer(ensemble, seed=seed).run_round(start, round_number)
+    assert any((one[name] != other[name]).any() for name in one)
+
+
+def test_every_trained_tensor_changes() -> None:
+    ensemble = build()
+    start = read_shared_state(ensemble)
+    new, _ = trainer(ensemble).run_round(start, 1)
+    assert [name for name in new if (new[name] == start[name]).all()] == []
+
+
+def test_what_is_frozen_does_not_change() -> None:
+    ensemble = build()
+    neck, _, none = ensemble.members
+    frozen = {f"trunk/{k}": v.clone() for k, v in neck.trunk.state_dict().items()}
+    frozen |= {f"none/{k}": v.clone() for k, v in none.state_dict().items()}
+    trainer(ensemble).run_round(read_shared_state(ensemble), 1)
+    after = {f"trunk/{k}": v for k, v in neck.trunk.state_dict().items()}
+    after |= {f"none/{k}": v for k, v in none.state_dict().items()}
+    assert frozen.keys() == after.keys()
+    for name, tensor in frozen.items():
+        assert torch.equal(tensor, after[name]), name
+
+
+def test_the_given_state_is_not_changed() -> None:
+    ensemble = build("neck")
+    start = read_shared_state(ensemble)
+    copies = {name: values.copy() for name, values in start.items()}
+    trainer(ensemble).run_round(start, 1)
+    assert_equal(start, copies)
+
+
+def test_training_does_not_disturb_the_global_generator() -> None:
+    ensemble = build()
+    state = read_shared_state(ensemble)
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    trainer(ensemble).run_round(state, 1)
+    assert torch.equal(torch.rand(4), expected)
+
+
+def test_training_does_not_depend_on_the_global_generator() -> None:
+    ensemble = build("neck")
+    start, results = read_shared_state(ensemble), []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        results.append(trainer(ensemble).run_round(start, 1)[0])
+    assert_equal(*results)
+
+
+def test_the_cache_does_not_change_the_result(tmp_path: Path) -> None:
+    ensemble = build("neck")
+    start = read_shared_state(ensemble)
+    plain, _ = trainer(ensemble).run_round(start, 1)
+    cached, _ = trainer(ensemble, cache=tmp_path).run_round(start, 1)
+    assert_equal(plain, cached)
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_preparing_computes_the_features_of_frozen_trunks_that_train(tmp_path: Path) -> None:
+    ensemble = build()
+    learner = trainer(ensemble, cache=tmp_path)
+    learner.prepare()
+    assert list(learner.features) == ["m-neck"]
+    assert learner.features["m-neck"].shape[:2] == (8, QUICK.variants)
+
+
+def test_members_are_in_evaluation_mode_after_a_round() -> None:
+    ensemble = build()
+    trainer(ensemble).run_round(read_shared_state(ensemble), 1)
+    parts = [part for member in ensemble.members for part in member.children()]
+    assert not any(module.training for part in parts for module in part.modules())
+
+
+def test_members_that_train_have_metrics() -> None:
+    ensemble = build()
+    _, metrics = trainer(ensemble).run_round(read_shared_state(ensemble), 1)
+    assert metrics.keys() == {"m-neck", "m-all"}
+    for found in metrics.values():
+        assert np.isfinite(found.loss)
+        assert 0 <= found.accuracy <= 1
+
+
+def test_progress_names_the_member_and_its_epochs() -> None:
+    ensemble = build("all")
+    told: list[tuple[str, int, int]] = []
+    trainer(ensemble).run_round(read_shared_state(ensemble), 1, lambda *said: told.append(said))
+    assert told == [("m-all", 1, 2), ("m-all", 2, 2)]
+
+
+@pytest.mark.parametrize("images", [2, 3, 5])
+def test_the_smallest_sites_can_train(images: int) -> None:
+    ensemble = build("neck", batch_size=2)
+    learner = LocalTrainer(ensemble, easy_set(images), CPU, 1)
+    new, _ = learner.run_round(read_shared_state(ensemble), 1)
+    assert all(np.isfinite(values).all() for values in new.values())
+
+
+@pytest.mark.parametrize("images", [0, 1])
+def test_a_site_with_fewer_than_two_images_is_refused(images: int) -> None:
+    with pytest.raises(SiteError, match=f"{images} training images, at least 2 are needed"):
+        LocalTrainer(build("neck"), easy_set(images), CPU, 1)
+
+
+# --- batches -------------------------------------------------------------------------------------
+
+
+@given(count=st.integers(1, 200), size=st.integers(2, 64), seed=st.integers(0, 2**32))
+def test_batches_deal_every_row_once(count: int, size: int, seed: int) -> None:
+    batches = list(shuffled_batches(count, size, np.random.default_rng(seed)))
+    assert sorted(np.concatenate(batches).tolist()) == list(range(count))
+
+
+@given(count=st.integers(2, 200), size=st.integers(2, 64), seed=st.integers(0, 2**32))
+def test_batches_are_full_but_for_the_last_which_is_never_of_one(
+    count: int, size: int, seed: int
+) -> None:
+    *full, last = map(len, shuffled_batches(count, size, np.random.default_rng(seed)))
+    assert set(full) <= {size}
+    assert 2 <= last <= size + 1
+    assert last == size + 1 or last == (count % size or size)
+
+
+@given(count=st.integers(2, 50), size=st.integers(2, 20), seed=st.integers(0, 2**32))
+def test_the_order_depends_on_the_generator_alone(count: int, size: int, seed: int) -> None:
+    one, other = (shuffled_batches(count, size, np.random.default_rng(seed)) for _ in range(2))
+    for rows, same in zip(one, other, strict=True):
+        np.testing.assert_array_equal(rows, same)
+
+
+def test_every_epoch_has_an_order_of_its_own() -> None:
+    rng = np.random.default_rng(0)
+    first, second = (np.concatenate(list(shuffled_batches(50, 8, rng))) for _ in range(2))
+    assert (first != second).any()
+    assert (first != np.arange(50)).any()
+
+
+# --- class weights -------------------------------------------------------------------------------
+
+
+def test_rare_classes_weigh_more_and_absent_ones_nothing() -> None:
+    targets = np.array([0] * 8 + [1] * 2 + [3] * 4)
+    np.testing.assert_allclose(class_weights(targets, 5), [0.625, 1.0, 0, 0.75, 0])
+
+
+@given(targets=st.lists(st.integers(0, 9), min_size=1, max_size=60), extra=st.integers(0, 3))
+@settings(deadline=None)
+def test_weights_lie_between_a_half_and_one_and_shrink_with_the_class(
+    targets: list[int], extra: int
+) -> None:
+    rows = np.array(targets, np.int64)
+    weights = class_weights(rows, 10 + extra)
+    counts = np.bincount(rows, minlength=10 + extra)
+    assert weights.dtype == torch.float32
+    assert weights.shape == (10 + extra,)
+    assert ((weights > 0).numpy() == (counts > 0)).all()
+    present = counts > 0
+    assert weights[present].max() == 1
+    assert (weights[present] > 0.5).all()
+    order = np.argsort(counts[present])
+    assert (np.diff(weights[present].numpy()[order]) <= 0).all()
