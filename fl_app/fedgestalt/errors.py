@@ -23,10 +23,15 @@ class FedgestaltError(Exception):
         super().__init__(what, where, remedy)
         self.what, self.where, self.remedy = what.rstrip("."), where, remedy.rstrip(".")
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """Pickle without calling ``__init__``: an error of a worker process arrives as it was."""
+        return type(self).__new__, (type(self), *self.args), vars(self)
+
     def __str__(self) -> str:
         place = f"{self.where}: " if self.where else ""
         advice = f"; {self.remedy}" if self.remedy else ""
-        return f"{place}{self.what}{advice}."
+        sentence = f"{place}{self.what}{advice}"
+        return sentence if sentence.endswith("?") else f"{sentence}."
 
 
 class DataError(FedgestaltError):

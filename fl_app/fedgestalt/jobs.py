@@ -146,7 +146,7 @@ def with_settings(job: JobT, settings: Mapping[str, str]) -> JobT:
         *parents, last = key.split(".")
         for part in parents:
             place = _descend(place, part, key, where)
-        index: Any = int(last) if isinstance(place, list) and last.isdigit() else last
+        index: Any = int(last) if isinstance(place, list) and last.isdecimal() else last
         if isinstance(place, list) and (not isinstance(index, int) or index >= len(place)):
             raise ConfigError(f"{key!r} names no item of its list", where=where)
         try:
@@ -157,7 +157,7 @@ def with_settings(job: JobT, settings: Mapping[str, str]) -> JobT:
 
 
 def _descend(place: Any, part: str, key: str, where: str) -> Any:
-    if isinstance(place, list) and part.isdigit() and int(part) < len(place):
+    if isinstance(place, list) and part.isdecimal() and int(part) < len(place):
         return place[int(part)]
     if isinstance(place, dict) and part in place:
         return place[part]
@@ -223,14 +223,18 @@ def read_job(folder: Path) -> JobSpec:
             specification renders to.
     """
     files = {relative: _read_json(folder / relative) for relative in (_META, _SERVER, _CLIENT)}
-    workflows = files[_SERVER].get("workflows") or [{}]
-    path = workflows[0].get("path")
+    workflows = files[_SERVER].get("workflows")
+    workflow = workflows[0] if isinstance(workflows, list) and workflows else None
+    path = workflow.get("path") if isinstance(workflow, dict) else None
     known = {job.workflow: job for job in JOBS.values()}
-    if path not in known:
+    if not isinstance(workflow, dict) or not isinstance(path, str) or path not in known:
         raise ConfigError("is no job of this project", where=str(folder / _SERVER))
     job_type = known[path]
     minimum = files[_META].get("min_clients", 3)
-    fields = job_type.from_arguments(workflows[0].get("args", {}), minimum)
+    arguments = workflow.get("args", {})
+    if not isinstance(arguments, dict):
+        raise ConfigError("args is no JSON object", where=str(folder / _SERVER))
+    fields = job_type.from_arguments(arguments, minimum)
     job = read_options(job_type, fields, where=str(folder / _SERVER))
     for relative, expected in _job_files(job, str(files[_META].get("name"))).items():
         if files[relative] != expected:

@@ -70,6 +70,8 @@ def split_cohort(
             where=cohort.name,
             remedy="name fewer sites",
         )
+    if seed < 0:
+        raise ConfigError(f"seed {seed} is negative", remedy="choose 0 or more")
     rng = np.random.default_rng(seed)
     dealt = _STRATEGIES[strategy](subjects, len(sites), alpha, rng)
     idle = set(range(len(sites))) - {dealt[s.name] for s in subjects if s.role == "train"}

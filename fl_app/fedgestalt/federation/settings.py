@@ -61,7 +61,7 @@ def read_settings(folder: Path) -> SiteSettings:
             where=str(folder),
             remedy="write one that names the folders data and store",
         ) from None
-    except yaml.YAMLError:
+    except (yaml.YAMLError, UnicodeDecodeError):
         raise ConfigError("is not YAML", where=str(path)) from None
     if not isinstance(content, dict):
         raise ConfigError("is not a YAML mapping", where=str(path))

@@ -18,7 +18,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Final, Generic, TypeVar, cast
+from typing import Any, Final, Generic, TypeVar, cast, get_args
 
 import pluggy
 from pydantic import BaseModel, ValidationError
@@ -114,7 +114,7 @@ class Registry:
         self.problems: list[Problem] = []
         self._manager = pluggy.PluginManager(specs.ENTRY_POINT_GROUP)
         self._manager.add_hookspecs(specs)
-        self._origin: dict[str, tuple[str, str]] = {}
+        self._origin: dict[str, tuple[str, str, str]] = {}
         for point in sorted(entry_points, key=lambda p: (p.name, p.value)):
             self._load(point)
         self.backbones: Catalogue[Backbone] = self._collect("backbone", "backbones", Backbone)
@@ -142,31 +142,35 @@ class Registry:
     def _load(self, point: importlib.metadata.EntryPoint) -> None:
         owner = point.dist
         origin = (owner.name, owner.version) if owner else ("unknown distribution", "")
+        name = f"{origin[0]}:{point.name}"
         try:
-            self._manager.register(point.load(), name=point.name)
+            self._manager.register(point.load(), name=name)
             self._manager.check_pending()
         except Exception as error:  # noqa: BLE001  a plugin may raise anything
-            if self._manager.has_plugin(point.name):
-                self._manager.unregister(name=point.name)
+            if self._manager.has_plugin(name):
+                self._manager.unregister(name=name)
             self._leave_out(point.name, origin[0], f"{type(error).__name__}: {error}")
             return
-        self._origin[point.name] = origin
+        self._origin[name] = (point.name, *origin)
 
     def _collect(self, kind: str, hook: str, contract: Any) -> Catalogue[PluginT]:
         found: dict[str, list[Entry[PluginT]]] = {}
         caller: pluggy.HookCaller = getattr(self._manager.hook, f"fedgestalt_{hook}")
         for impl in caller.get_hookimpls():
-            distribution, version = self._origin[impl.plugin_name]
+            point, distribution, version = self._origin[impl.plugin_name]
             try:
                 plugins: list[Any] = list(cast("Iterable[Any]", impl.function()))
             except Exception as error:  # noqa: BLE001  a plugin may raise anything
                 reason = f"{type(error).__name__} in fedgestalt_{hook}: {error}"
-                self._leave_out(impl.plugin_name, distribution, reason)
+                self._leave_out(point, distribution, reason)
                 continue
             for plugin in plugins:
-                fault = _fault(plugin, contract)
+                try:
+                    fault = _fault(plugin, contract)
+                except Exception as error:  # noqa: BLE001  a plugin may raise anything
+                    fault = f"{type(error).__name__}: {error}"
                 if fault:
-                    self._leave_out(impl.plugin_name, distribution, f"a {kind}: {fault}")
+                    self._leave_out(point, distribution, f"a {kind}: {fault}")
                 else:
                     entry = Entry(kind, plugin, distribution, version)
                     found.setdefault(plugin.name, []).append(entry)
@@ -184,7 +188,7 @@ def _fault(plugin: Any, contract: Any) -> str:
         needed = {name for name in dir(contract) if not name.startswith("_")}
         missing = sorted(name for name in needed if not hasattr(plugin, name))
         return f"{type(plugin).__name__} lacks {', '.join(missing)}"
-    if not _NAME.fullmatch(plugin.name):
+    if not isinstance(plugin.name, str) or not _NAME.fullmatch(plugin.name):
         return f"name {plugin.name!r} is not lower-case letters, digits and hyphens"
     empty = [fact for fact in ("summary", "licence") if not getattr(plugin, fact)]
     return f"{plugin.name!r} states no {' and no '.join(empty)}" if empty else ""
@@ -210,10 +214,23 @@ def config_error(error: ValidationError, model: type[BaseModel], where: str) -> 
     first = error.errors(include_url=False)[0]
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        known: Iterable[str] = model.model_fields if len(first["loc"]) == 1 else ()
-        remedy = nearest(key, known) if known else "remove it"
+        known = _known_keys(model, first["loc"][:-1])
+        remedy = nearest(str(first["loc"][-1]), known) if known else "remove it"
         return ConfigError(f"unknown key {key!r}", where=where, remedy=remedy)
     return ConfigError(f"{key or 'value'}: {first['msg']}", where=where)
+
+
+def _known_keys(model: Any, path: Iterable[int | str]) -> tuple[str, ...]:
+    """Fields of the model that ``path`` leads to from ``model``; empty if it leads to none."""
+    for part in path:
+        if isinstance(part, int):  # an item of a sequence of models
+            continue
+        annotation = model.model_fields[part].annotation if part in model.model_fields else None
+        inner = [annotation, *get_args(annotation)]
+        model = next((t for t in inner if isinstance(t, type) and issubclass(t, BaseModel)), None)
+        if model is None:
+            return ()
+    return tuple(model.model_fields)
 
 
 @functools.cache

@@ -46,7 +46,10 @@ class Member(nn.Module):
         self.spec, self.input, self.feature_shape = spec, input_spec, feature_shape
         self.embedding_size = embedding_size
         self.trunk, self.neck, self.head = trunk, neck, head
-        self.trunk_digest = state_digest(trunk)
+        for part in self.trained_parts.values():
+            part.requires_grad_(True)
+        facts = f"{input_spec}|{feature_shape}|{state_digest(trunk)}"
+        self.trunk_digest = hashlib.sha256(facts.encode()).hexdigest()
 
     @property
     def trained_parts(self) -> dict[str, nn.Module]:
@@ -86,6 +89,7 @@ class Ensemble:
     def digest(self, state: Mapping[str, NDArray[np.float32]]) -> str:
         """SHA-256 over the frozen parts and a shared state, hexadecimal."""
         frozen = [member.trunk_digest for member in self.members]
+        frozen += [state_digest(m.neck) for m in self.members if not m.trained_parts]
         parts = "|".join([self.spec.digest, *frozen, shared_state_digest(state).hex()])
         return hashlib.sha256(parts.encode()).hexdigest()
 

@@ -74,11 +74,14 @@ def load_ensemble(folder: Path, registry: Registry) -> tuple[Ensemble, str]:
         raise ConfigError("the stored ensemble is damaged", where=str(folder)) from None
     if not isinstance(manifest, dict) or manifest.get("schema") != _SCHEMA:
         raise ConfigError(f"its manifest is not {_SCHEMA}", where=str(folder))
-    spec = read_options(EnsembleSpec, manifest["spec"], where=str(folder))
-    ensemble = build_ensemble(spec, int(manifest["classes"]), registry)
+    spec_fields, classes = manifest.get("spec"), manifest.get("classes")
+    if not isinstance(spec_fields, dict) or not isinstance(classes, int):
+        raise ConfigError("the stored ensemble is damaged", where=str(folder))
+    spec = read_options(EnsembleSpec, spec_fields, where=str(folder))
+    ensemble = build_ensemble(spec, classes, registry)
     write_shared_state(ensemble, state)
     digest = ensemble.digest(state)
-    if digest != manifest["digest"]:
+    if digest != manifest.get("digest"):
         raise ConfigError(
             "the stored ensemble does not have the digest it names",
             where=str(folder),
