@@ -33,7 +33,7 @@ class Steps:
             self._status = self._console.status(f"{title} …")
             self._status.start()
         else:
-            self._console.print(f"{title} …")
+            self._console.print(f"{title} …", soft_wrap=True)
             self._last_line = started
         try:
             yield
@@ -51,8 +51,8 @@ class Steps:
             self._status.update(f"{self._title} … [dim]{text}[/dim]")
         elif time.monotonic() - self._last_line >= _SECONDS_BETWEEN_LINES:
             self._last_line = time.monotonic()
-            self._console.print(f"  {text}")
+            self._console.print(f"  {text}", soft_wrap=True)
 
     def say(self, text: str = "") -> None:
         """Print a line that stays."""
-        self._console.print(text)
+        self._console.print(text, soft_wrap=True)

@@ -76,9 +76,9 @@ class EnsembleSpec(Spec):
 def default_ensemble(seed: int = 1) -> EnsembleSpec:
     """A fine-tuned network, a small one trained from scratch, and the untouched original."""
     narrow = {"depth": 18, "width": 16, "embedding_size": 128, "input_size": 56}
-    adapt = TrainingSpec(epochs=3, variants=2)
+    adapt = TrainingSpec(epochs=5, batch_size=32, variants=2)
     from_scratch = TrainingSpec(
-        epochs=2, batch_size=32, learning_rate=2e-3, head_learning_rate=2e-3, dropout=0.0
+        epochs=1, batch_size=32, learning_rate=2e-3, head_learning_rate=2e-3, dropout=0.0
     )
     return EnsembleSpec(
         members=(
