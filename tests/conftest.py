@@ -1,8 +1,5 @@
-"""Shared by all tests: the consortium in one process, and a cache of their own."""
+"""Shared by all tests: one thread for each process, for tests run side by side."""
 
-from __future__ import annotations
+import os
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parent / "inproc"))
+os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -2,19 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import pytest
-from consortium import Consortium, Run, tiny_ensemble
+from consortium import BothJobs, Consortium, tiny_ensemble
 
 from fedgestalt.jobs import MatchingJob, TrainingJob
-
-
-@dataclass
-class BothJobs:
-    consortium: Consortium
-    training: Run
-    matching: Run
 
 
 @pytest.fixture(scope="session")

@@ -255,6 +255,15 @@ class Consortium:
         return run
 
 
+@dataclass
+class BothJobs:
+    """A training job and the evaluation that followed it."""
+
+    consortium: Consortium
+    training: Run
+    matching: Run
+
+
 def _parts(job: JobSpec) -> tuple[PhasedWorkflow, Callable[[], SiteExecutor], dict[str, Any]]:
     arguments = job.workflow_arguments()
     if isinstance(job, TrainingJob):

@@ -6,10 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from consortium import Consortium, Run, tiny_ensemble
+from consortium import BothJobs, Consortium, Run, tiny_ensemble
 from nvflare.apis.shareable import Shareable
 
-from conftest import BothJobs
 from fedgestalt.federation.trainer import EnsembleTrainer
 from fedgestalt.jobs import MatchingJob, TrainingJob
 

@@ -6,9 +6,8 @@ import json
 
 import numpy as np
 import torch
-from consortium import Consortium, tiny_ensemble
+from consortium import BothJobs, Consortium, tiny_ensemble
 
-from conftest import BothJobs
 from fedgestalt.federation.rounds import round_facts, split_metrics, with_metrics
 from fedgestalt.hooks import get_registry
 from fedgestalt.jobs import MatchingJob, TrainingJob

@@ -8,10 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from consortium import Received, tiny_ensemble
+from consortium import BothJobs, Received, tiny_ensemble
 from numpy.typing import NDArray
 
-from conftest import BothJobs
 from fedgestalt.cohort import Cohort
 from fedgestalt.federation.rounds import round_facts, with_metrics
 from fedgestalt.hooks import get_registry
