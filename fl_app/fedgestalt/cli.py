@@ -251,7 +251,8 @@ def job_list(as_json: bool) -> None:
 )
 def job_render(template: str, out: Path, settings: tuple[str, ...]) -> None:
     """Write TEMPLATE with your settings as a job folder that FLARE takes."""
-    from fedgestalt.jobs import MatchingJob, job_class, render_job, with_settings
+    from fedgestalt.hooks import get_registry
+    from fedgestalt.jobs import MatchingJob, check_plugins, job_class, render_job, with_settings
 
     pairs = [item.partition("=") for item in settings]
     wrong = [key for key, sign, _ in pairs if not (key and sign)]
@@ -263,6 +264,7 @@ def job_render(template: str, out: Path, settings: tuple[str, ...]) -> None:
             "a matching job needs the digest of a published ensemble",
             remedy="add --set ensemble=DIGEST (the training job's outcome.json names it)",
         )
+    check_plugins(spec, get_registry())
     render_job(spec, out)
     click.echo(f"{out}: submit it with `nvflare job submit -j {out}`")
 

@@ -17,7 +17,7 @@ from pydantic import Field
 
 from fedgestalt import RESEARCH_USE_ONLY
 from fedgestalt.errors import ConfigError, nearest
-from fedgestalt.hooks.registry import read_options
+from fedgestalt.hooks.registry import Registry, read_options
 from fedgestalt.learning.spec import EnsembleSpec, Spec, default_ensemble
 
 _META, _SERVER, _CLIENT = (
@@ -163,6 +163,22 @@ def _descend(place: Any, part: str, key: str, where: str) -> Any:
         return place[part]
     known = place if isinstance(place, dict) else ()
     raise ConfigError(f"unknown key {part!r} in {key!r}", where=where, remedy=nearest(part, known))
+
+
+def check_plugins(job: JobSpec, registry: Registry) -> None:
+    """Look up every plugin that a job names.
+
+    Raises:
+        PluginError: one is not installed here; server and sites will need it too.
+        ConfigError: a backbone does not take the options that the job gives it.
+    """
+    if isinstance(job, MatchingJob):
+        registry.matching.get(job.strategy)
+    if isinstance(job, TrainingJob):
+        for member in job.ensemble.members:
+            options = registry.backbones.get(member.backbone).options
+            where = f"options of ensemble member {member.name!r}"
+            read_options(options, member.options, where=where)
 
 
 def render_job(job: JobSpec, folder: Path, name: str = "") -> None:

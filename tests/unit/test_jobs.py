@@ -15,12 +15,14 @@ from hypothesis import strategies as st
 from nvflare.apis.executor import Executor
 from nvflare.apis.impl.controller import Controller
 
-from fedgestalt.errors import ConfigError
+from fedgestalt.errors import ConfigError, FedgestaltError
+from fedgestalt.hooks import get_registry
 from fedgestalt.jobs import (
     JOBS,
     JobSpec,
     MatchingJob,
     TrainingJob,
+    check_plugins,
     job_class,
     read_job,
     render_job,
@@ -413,3 +415,24 @@ def test_a_file_that_is_no_json_object_is_named(
     (folder / file).write_bytes(content)
     with pytest.raises(ConfigError, match=f"{file}: is not .*{says}"):
         read_job(folder)
+
+
+@pytest.mark.parametrize(
+    ("template", "settings", "says"),
+    [
+        ("train_ensemble", {"ensemble.members.0.backbone": "sfase"}, "did you mean 'sface'"),
+        ("train_ensemble", {"ensemble.members.0.options": "{dropoot: 1}"}, "'dropout'"),
+        ("match", {"strategy": "isometri"}, "did you mean 'isometry'"),
+    ],
+)
+def test_a_job_that_names_what_is_not_installed_is_refused_before_it_is_rendered(
+    template: str, settings: dict[str, str], says: str
+) -> None:
+    job = with_settings(job_class(template)(), settings)
+    with pytest.raises(FedgestaltError, match=says):
+        check_plugins(job, get_registry())
+
+
+@pytest.mark.parametrize("job", list(JOBS.values()))
+def test_the_default_jobs_name_installed_plugins_only(job: type[JobSpec]) -> None:
+    check_plugins(job(), get_registry())

@@ -71,7 +71,7 @@ def run_demo(settings: DemoSettings, steps: Steps) -> Result:
     """
     if settings.sites < MINIMUM_HOSPITALS:
         raise ConfigError(
-            f"{settings.sites} sites are too few: with fewer than {MINIMUM_HOSPITALS}, a hospital"
+            f"--sites {settings.sites} is too few: with fewer than {MINIMUM_HOSPITALS}, a hospital"
             " could tell another's update from the sum",
             remedy=f"use --sites {MINIMUM_HOSPITALS} or more",
         )
