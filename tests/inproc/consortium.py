@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import yaml
+from numpy.typing import NDArray
 from nvflare.apis.client import Client
 from nvflare.apis.event_type import EventType
 from nvflare.apis.fl_component import FLComponent
@@ -34,12 +36,18 @@ from fedgestalt.cohort.layout import image_file
 from fedgestalt.federation.aggregator import ZeroSumMaskAggregator
 from fedgestalt.federation.matcher import FlakeMatcher
 from fedgestalt.federation.matching_workflow import FlakeSimilarityWorkflow
+from fedgestalt.federation.rounds import round_facts, with_metrics
 from fedgestalt.federation.site import SiteExecutor
 from fedgestalt.federation.trainer import EnsembleTrainer
 from fedgestalt.federation.training_workflow import EnsembleTrainingWorkflow
 from fedgestalt.federation.workflow import PhasedWorkflow
+from fedgestalt.hooks import get_registry
 from fedgestalt.jobs import JobSpec, TrainingJob
+from fedgestalt.learning.data import local_seed, training_set
+from fedgestalt.learning.ensemble import SharedState, build_ensemble
 from fedgestalt.learning.spec import EnsembleSpec, MemberSpec, TrainingSpec
+from fedgestalt.learning.training import LocalTrainer
+from fedgestalt.secagg import NumberPlan
 
 JOB_ID = "job-1"
 TINY = {"depth": 18, "width": 2, "embedding_size": 8, "input_size": 32}
@@ -262,6 +270,40 @@ class BothJobs:
     consortium: Consortium
     training: Run
     matching: Run
+
+
+@dataclass(frozen=True)
+class PlainUpdate:
+    """What a site computes in a round before it masks anything."""
+
+    plan: NumberPlan
+    words: NDArray[np.uint32]
+    update: SharedState
+    new: SharedState
+
+
+def plain_update(consortium: Consortium, run: Run, site: str) -> PlainUpdate:
+    """Compute a site's first update again, from what the server sent it."""
+    starts = [d["fedgestalt"] for s, task, d in run.sent if (s, task) == (site, "fgm_round")]
+    start = next(fields for fields in starts if fields["round"] == 1)
+    spec, data = tiny_ensemble(), training_set(consortium.silos[site])
+    torch.set_num_threads(1)
+    ensemble = build_ensemble(spec, data.classes, get_registry())
+    trainer = LocalTrainer(ensemble, data, torch.device("cpu"), local_seed(spec.seed, site))
+    new, metrics = trainer.run_round(start["state"], 1)
+    update = {name: values - start["state"][name] for name, values in new.items()}
+    facts = round_facts(
+        job=JOB_ID,
+        attempt=1,
+        round_number=1,
+        state=dict(start["state"]),
+        exponents=start["exponents"],
+        max_weight=start["max_weight"],
+        roster=tuple(consortium.sites),
+        spec=spec,
+    )
+    words = facts.plan.encode(with_metrics(update, metrics), len(data.targets))
+    return PlainUpdate(facts.plan, words, update, new)
 
 
 def _parts(job: JobSpec) -> tuple[PhasedWorkflow, Callable[[], SiteExecutor], dict[str, Any]]:

@@ -6,47 +6,25 @@ import json
 
 import numpy as np
 import torch
-from consortium import BothJobs, Consortium, tiny_ensemble
+from consortium import BothJobs, Consortium, plain_update, tiny_ensemble
 
-from fedgestalt.federation.rounds import round_facts, split_metrics, with_metrics
+from fedgestalt.federation.rounds import split_metrics
 from fedgestalt.hooks import get_registry
 from fedgestalt.jobs import MatchingJob, TrainingJob
-from fedgestalt.learning.data import local_seed, training_set
 from fedgestalt.learning.encoding import encode
-from fedgestalt.learning.ensemble import build_ensemble
 from fedgestalt.learning.images import load_faces
 from fedgestalt.learning.store import load_ensemble
-from fedgestalt.learning.training import LocalTrainer
 from fedgestalt.similarity.evaluation import rank_tables
 from fedgestalt.similarity.order import image_order
 
 
 def test_the_aggregate_equals_the_plain_fixed_point_mean_bit_for_bit(both_jobs: BothJobs) -> None:
-    consortium, run = both_jobs.consortium, both_jobs.training
-    spec = tiny_ensemble()
+    run = both_jobs.training
     starts = [data["fedgestalt"] for _, task, data in run.sent if task == "fgm_round"]
     first, second = (next(s for s in starts if s["round"] == r) for r in (1, 2))
-    facts = round_facts(
-        job="any",
-        attempt=1,
-        round_number=1,
-        state=dict(first["state"]),
-        exponents=first["exponents"],
-        max_weight=first["max_weight"],
-        roster=tuple(consortium.sites),
-        spec=spec,
-    )
-    total = np.zeros(facts.plan.words, np.uint32)
-    for site in consortium.sites:
-        data = training_set(consortium.silos[site])
-        ensemble = build_ensemble(spec, data.classes, get_registry())
-        seed = local_seed(spec.seed, site)
-        torch.set_num_threads(1)
-        trainer = LocalTrainer(ensemble, data, torch.device("cpu"), seed)
-        new, metrics = trainer.run_round(first["state"], 1)
-        update = {name: values - first["state"][name] for name, values in new.items()}
-        total += facts.plan.encode(with_metrics(update, metrics), len(data.targets))
-    mean, _ = split_metrics(facts.plan.decode(total).mean)
+    sites = [plain_update(both_jobs.consortium, run, site) for site in both_jobs.consortium.sites]
+    total = np.add.reduce([site.words for site in sites], dtype=np.uint32)
+    mean, _ = split_metrics(sites[0].plan.decode(total).mean)
     assert any(np.abs(values).max() > 0 for values in mean.values())
     for name, values in mean.items():
         assert np.array_equal(second["state"][name], first["state"][name] + values), name

@@ -8,18 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from consortium import BothJobs, Received, tiny_ensemble
+from consortium import BothJobs, Received, plain_update
 from numpy.typing import NDArray
 
 from fedgestalt.cohort import Cohort
-from fedgestalt.federation.rounds import round_facts, with_metrics
 from fedgestalt.hooks import get_registry
-from fedgestalt.learning.data import local_seed, training_set
 from fedgestalt.learning.encoding import Encodings, encode
-from fedgestalt.learning.ensemble import build_ensemble
 from fedgestalt.learning.images import load_faces
 from fedgestalt.learning.store import load_ensemble
-from fedgestalt.learning.training import LocalTrainer
 from fedgestalt.similarity.order import image_order
 
 PIECE_BYTES = 16
@@ -66,40 +62,14 @@ class Secrets:
 
     def __init__(self, both: BothJobs, site: str) -> None:
         cohort = both.consortium.silos[site]
-        starts = [data for s, t, data in both.training.sent if t == "fgm_round" and s == site]
-        start = next(d["fedgestalt"] for d in starts if d["fedgestalt"]["round"] == 1)
-        self.words, self.update = _first_update(cohort, site, start, tuple(both.consortium.sites))
+        plain = plain_update(both.consortium, both.training, site)
+        self.words, self.update = plain.words, [*plain.update.values(), *plain.new.values()]
         store = both.consortium.store(site) / "ensembles" / both.training.outcome["ensemble"]
         self.encodings = _encodings(cohort, store)
         self.texts = [r.subject for r in cohort.images.values()]
         self.texts += list(cohort.images)
         self.texts += [s.name for s in cohort.syndromes.values()]
         self.texts += [str(both.consortium.folder), "_rot_aligned"]
-
-
-def _first_update(
-    cohort: Cohort, site: str, start: dict, roster: tuple[str, ...]
-) -> tuple[NDArray[np.uint32], list[NDArray[np.float32]]]:
-    spec = tiny_ensemble()
-    data = training_set(cohort)
-    ensemble = build_ensemble(spec, data.classes, get_registry())
-    torch.set_num_threads(1)
-    seed = local_seed(spec.seed, site)
-    trainer = LocalTrainer(ensemble, data, torch.device("cpu"), seed)
-    new, metrics = trainer.run_round(start["state"], 1)
-    update = {name: values - start["state"][name] for name, values in new.items()}
-    facts = round_facts(
-        job="any",
-        attempt=1,
-        round_number=1,
-        state=dict(start["state"]),
-        exponents=start["exponents"],
-        max_weight=start["max_weight"],
-        roster=roster,
-        spec=spec,
-    )
-    words = facts.plan.encode(with_metrics(update, metrics), len(data.targets))
-    return words, [*update.values(), *new.values()]
 
 
 def _encodings(cohort: Cohort, folder: Path) -> Encodings:
