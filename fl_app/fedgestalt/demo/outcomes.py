@@ -116,8 +116,12 @@ def add_shared_gallery(
     seed_index: int,
     hospitals: Sequence[Hospital],
     encodings: Mapping[str, Encodings],
+    splits: int,
 ) -> None:
-    """Rank all queries of ``hospitals`` against the images of all of them, in the clear."""
+    """Rank all queries of ``hospitals`` against the images of all of them, in the clear.
+
+    ``splits`` is the number of rare splits of the whole cohort: a hospital alone may lack some.
+    """
     cohorts = {hospital.name: hospital.cohort() for hospital in hospitals}
     orders = {name: image_order(cohort) for name, cohort in cohorts.items()}
     everything = np.concatenate([encodings[name] for name in cohorts])
@@ -127,6 +131,11 @@ def add_shared_gallery(
         order, queries = orders[name], slice(0, orders[name].queries)
         scores = encodings[name][queries] @ everything.T
         ranked = rank_tables(
-            scores, order.syndromes[queries], order.roles[queries], syndromes, roles
+            scores,
+            order.syndromes[queries],
+            order.roles[queries],
+            syndromes,
+            roles,
+            range(splits),
         )
         ledger.add(mode, seed_index, cohort, order.image_ids, ranked)

@@ -205,6 +205,7 @@ class _SeedRun:
         steps: Steps,
     ) -> None:
         self._folder, self._seed, self._steps, self._names = folder, seed, steps, list(names)
+        self._cohort = cohort
         folder.mkdir()
         self._data, self._stores = folder / "hospitals", folder / "stores"
         with steps.step("split", f"Dealing {len(cohort.images)} images to {len(names)} hospitals"):
@@ -251,6 +252,7 @@ class _SeedRun:
         self, spec: EnsembleSpec, trained: dict[str, Any], ledger: Ledger, seed_index: int
     ) -> None:
         """Train centralised and local-only baselines and rank the same queries with them."""
+        splits = len(self._cohort.rare_splits)
         rounds, cores = len(trained["rounds"]), os.cpu_count() or 1
         groups = [self.hospitals, *([hospital] for hospital in self.hospitals)]
         with self._steps.step(
@@ -266,13 +268,17 @@ class _SeedRun:
                 pooled, *alone = [future.result() for future in futures]
             finally:
                 pool.shutdown(cancel_futures=True)
-            add_shared_gallery(ledger, "centralised", seed_index, self.hospitals, pooled.trained)
+            add_shared_gallery(
+                ledger, "centralised", seed_index, self.hospitals, pooled.trained, splits
+            )
             for hospital, baseline in zip(self.hospitals, alone, strict=True):
                 mode = "local-only"
-                add_shared_gallery(ledger, mode, seed_index, [hospital], baseline.trained)
+                add_shared_gallery(ledger, mode, seed_index, [hospital], baseline.trained, splits)
             if pooled.untouched:
                 mode = "pretrained"
-                add_shared_gallery(ledger, mode, seed_index, self.hospitals, pooled.untouched)
+                add_shared_gallery(
+                    ledger, mode, seed_index, self.hospitals, pooled.untouched, splits
+                )
 
 
 class _Notes:

@@ -72,15 +72,19 @@ def rank_tables(
     query_roles: NDArray[np.uint32],
     gallery_syndromes: Integers,
     gallery_roles: NDArray[np.uint32],
+    splits: Sequence[int] | None = None,
 ) -> list[Ranked]:
     """Rank the queries of one site in all tables.
 
     Args:
         similarities: (queries, images) of this site's rows with everybody's.
         query_syndromes, query_roles: (queries,).
-        gallery_syndromes, gallery_roles: (images,); the rare splits that they name are ranked.
+        gallery_syndromes, gallery_roles: (images,).
+        splits: which rare splits to rank; by default those that the gallery names. A query whose
+            split has no gallery here is a miss.
     """
-    splits = [s for s in range(MAXIMUM_SPLITS) if (gallery_roles & rare_gallery(s)).any()]
+    if splits is None:
+        splits = [s for s in range(MAXIMUM_SPLITS) if (gallery_roles & rare_gallery(s)).any()]
 
     def ranked(table: str, split: int, query_role: int, gallery_role: int) -> Ranked:
         rows = np.flatnonzero(query_roles & query_role)

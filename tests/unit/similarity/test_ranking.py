@@ -123,3 +123,17 @@ def test_bootstrap_intervals_hold_the_estimate_and_shrink_with_more_subjects() -
     for low, point, high in (few, many):
         assert low <= point <= high
     assert many[2] - many[0] < (few[2] - few[0]) / 2
+
+
+def test_a_query_whose_split_has_no_gallery_is_ranked_as_a_miss_when_the_split_is_asked_for() -> (
+    None
+):
+    roles = np.array([FREQUENT_GALLERY, FREQUENT_TEST, rare_test(1)], np.uint32)
+    syndromes = np.array([1, 1, 9])
+    scores = np.eye(3)
+    asked = rank_tables(scores, syndromes, roles, syndromes, roles, range(2))
+    ranks = {(t.table, t.split): t.ranks.tolist() for t in asked}
+    assert ranks["rare", 1] == ranks["rare-in-all", 1] == [0]
+    assert ranks["frequent-in-all", 1] == ranks["frequent", 0] == [1]
+    by_default = rank_tables(scores, syndromes, roles, syndromes, roles)
+    assert [t.table for t in by_default] == ["frequent"]
