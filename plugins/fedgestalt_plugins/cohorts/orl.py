@@ -23,6 +23,7 @@ import numpy as np
 
 from fedgestalt.contracts import Pixels, Progress
 from fedgestalt.errors import ConfigError, DataError
+from fedgestalt.hooks import get_registry
 from fedgestalt_plugins.shipped import shipped_file
 
 LICENCE: Final = "LicenseRef-ORL-research"
@@ -134,8 +135,8 @@ def align(photograph: Pixels) -> Pixels:
 
     Raises:
         DataError: there is no face.
-        ConfigError: the detector is not installed.
+        PluginError: the preprocessor is not installed.
     """
-    from fedgestalt_plugins.preprocessing import YuNetArcFace, YuNetOptions
-
-    return YuNetArcFace().align(photograph, YuNetOptions(min_confidence=_MIN_CONFIDENCE)).pixels
+    preprocessor = get_registry().preprocessors.get("yunet-arcface")
+    options = preprocessor.options.model_validate({"min_confidence": _MIN_CONFIDENCE})
+    return preprocessor.align(photograph, options).pixels
