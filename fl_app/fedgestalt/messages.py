@@ -102,6 +102,19 @@ def _text(value: object, limit: int) -> str:
     )
 
 
+def hexadecimal(length: int = 64) -> Any:
+    """Declare a field of exactly ``length`` lower-case hexadecimal digits: safe in a file name."""
+
+    def check(value: object) -> str:
+        if not isinstance(value, str):
+            return f"is {type(value).__name__}, not text"
+        if len(value) != length or set(value) - set("0123456789abcdef"):
+            return f"is not {length} hexadecimal digits"
+        return ""
+
+    return _checked(check)
+
+
 def integer(low: int, high: int) -> Any:
     """Declare a field with an integer in ``low``..``high``."""
     return _checked(lambda value: _integer(value, low, high))

@@ -205,3 +205,21 @@ def test_a_malformed_matching_reply_names_its_sender(
     said = reason(run)
     assert "bonn" in said
     assert expected in said
+
+
+@pytest.mark.parametrize("digest", ["../../../../tmp/elsewhere", "f" * 63, "F" * 64, ""])
+def test_a_server_cannot_make_a_site_write_elsewhere(tmp_path: Path, digest: str) -> None:
+    def tamper(site: str, task: str, data: Shareable) -> Shareable:
+        if (site, task) == ("bonn", "fgm_publish"):
+            data["fedgestalt"]["digest"] = digest
+        return data
+
+    consortium = Consortium(tmp_path, on_download=tamper)
+    said = reason(consortium.run(JOB))
+    assert "field 'digest' is not 64 hexadecimal digits" in said
+    assert not list(consortium.store("bonn").rglob("weights.safetensors"))
+
+
+def test_matching_without_a_named_ensemble_is_refused(both_jobs: BothJobs) -> None:
+    said = reason(both_jobs.consortium.run(MatchingJob()))
+    assert "is not 64 hexadecimal digits" in said

@@ -65,9 +65,9 @@ def _diagnosis_findings(cohort: Cohort, listings: dict[str, Listing]) -> Iterato
             told.add(row.subject)
             what = f"the subject has another syndrome in {known.file}, row {known.row}"
             yield Finding("warning", row.file, row.row, what, "make sure that both are meant")
-    for syndrome, members in sorted(subjects.items()):
-        if len(members) < 2:
-            file = f"{METADATA}/gmdb_syndromes_{cohort.version}.tsv"
-            what = f"syndrome {syndrome} has one subject"
-            remedy = "add subjects, or expect that only other sites can match it"
-            yield Finding("warning", file, None, what, remedy)
+    lonely = sorted(syndrome for syndrome, members in subjects.items() if len(members) < 2)
+    if lonely:
+        file = f"{METADATA}/gmdb_syndromes_{cohort.version}.tsv"
+        what = f"syndromes with one subject only: {', '.join(map(str, lonely))}"
+        remedy = "add subjects, or expect that only other sites can match them"
+        yield Finding("warning", file, None, what, remedy)

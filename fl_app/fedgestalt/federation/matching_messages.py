@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from fedgestalt.messages import Fault, Message, array, integer, several, text
+from fedgestalt.messages import Fault, Message, array, hexadecimal, integer, several, text
 from fedgestalt.similarity.labels import HANDLE_BYTES, SEALED_BYTES
 
 ALL_ROWS = 0
@@ -21,7 +21,7 @@ class MatchStart(Message):
 
     schema: ClassVar[str] = "fedgestalt.matching.start/1"
     roster: tuple[str, ...] = several(text())
-    ensemble: str = text(64)
+    ensemble: str = hexadecimal()
     strategy: str = text(64)
     released_rows: int = integer(0, 2**31)
 
@@ -34,7 +34,7 @@ class MaskedRows(Message):
     """
 
     schema: ClassVar[str] = "fedgestalt.matching.masked-rows/1"
-    kernel: str = text(32)
+    kernel: str = hexadecimal(32)
     queries: int = integer(0, 2**31)
     rows: NDArray[np.float64] = array("float64", 2)
     handles: NDArray[np.uint8] = array("uint8", 2)
@@ -93,4 +93,4 @@ class Ranked(Message):
     """Site to server: its queries are ranked; what came out stays at the site."""
 
     schema: ClassVar[str] = "fedgestalt.matching.ranked/1"
-    kernel: str = text(32)
+    kernel: str = hexadecimal(32)

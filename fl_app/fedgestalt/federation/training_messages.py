@@ -13,6 +13,7 @@ from fedgestalt.messages import (
     Message,
     array,
     arrays_by_name,
+    hexadecimal,
     integer,
     several,
     text,
@@ -35,9 +36,9 @@ class Joined(Message):
 
     schema: ClassVar[str] = "fedgestalt.training.joined/1"
     version: str = text()
-    label_map: str = text(64)
+    label_map: str = hexadecimal()
     classes: int = integer(2, MAXIMUM_CLASSES)
-    start_model: str = text(64)
+    start_model: str = hexadecimal()
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Publish(Message):
     """Server to sites: the final global model, to keep."""
 
     schema: ClassVar[str] = "fedgestalt.training.publish/1"
-    digest: str = text(64)
+    digest: str = hexadecimal()
     state: Mapping[str, NDArray[np.float32]] = arrays_by_name("float32")
 
 
@@ -69,4 +70,4 @@ class Published(Message):
     """Site to server: the model is stored, and this is its digest."""
 
     schema: ClassVar[str] = "fedgestalt.training.published/1"
-    digest: str = text(64)
+    digest: str = hexadecimal()

@@ -120,7 +120,7 @@ def test_a_syndrome_with_one_subject_is_a_warning(folder, edit):
         edit(f"gmdb_{kind}_images_v1.csv", "5,lang,9\n", "")
     found = only(folder)
     assert place(found) == ("warning", "gmdb_metadata/gmdb_syndromes_v1.tsv", None)
-    assert found.what == "syndrome 9 has one subject"
+    assert found.what == "syndromes with one subject only: 9"
 
 
 def test_a_syndrome_without_images_is_nothing_to_report(folder, edit):

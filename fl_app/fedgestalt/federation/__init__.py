@@ -1,0 +1,1 @@
+"""FLARE workflows, executors and messages; the only part of the core that imports nvflare."""
