@@ -109,3 +109,28 @@ def test_an_interrupted_demo_says_so_and_leaves_an_earlier_result_alone(
     assert [p.name for p in out.iterdir()] == ["result.json"]
     _, alive = psutil.wait_procs(children, timeout=20)
     assert not alive
+
+
+def test_an_interrupt_from_the_keyboard_during_the_comparison_leaves_no_traceback(
+    cohort: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    process = subprocess.Popen(
+        [*COMMAND, "--cohort", str(cohort), "--out", str(out)],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stderr is not None
+    said = ""
+    while "Comparing with" not in said:
+        line = process.stderr.readline()
+        assert line, said
+        said += line
+    time.sleep(3)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: every process of the group
+    said += process.stderr.read()
+    assert process.wait(60) == 1
+    assert "interrupted" in said
+    assert "Traceback" not in said
+    assert not list(out.iterdir())

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -260,14 +261,11 @@ class _SeedRun:
         ):
             workers = min(cores, len(groups))
             threads = max(1, cores // workers)
-            pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
-            try:
+            with _workers(workers) as pool:
                 futures: list[Future[Baseline]] = [
                     pool.submit(train_together, group, spec, rounds, threads) for group in groups
                 ]
                 pooled, *alone = [future.result() for future in futures]
-            finally:
-                pool.shutdown(cancel_futures=True)
             add_shared_gallery(
                 ledger, "centralised", seed_index, self.hospitals, pooled.trained, splits
             )
@@ -279,6 +277,34 @@ class _SeedRun:
                 add_shared_gallery(
                     ledger, mode, seed_index, self.hospitals, pooled.untouched, splits
                 )
+
+
+@contextlib.contextmanager
+def _workers(count: int) -> Iterator[ProcessPoolExecutor]:
+    """Worker processes that end with this context at once if anything goes wrong.
+
+    Raises:
+        SiteError: a worker was ended from outside.
+    """
+    context = get_context("spawn")
+    # An interrupt from the keyboard reaches every process: only this one is to speak of it.
+    quiet = (signal.SIGINT, signal.SIG_IGN)
+    pool = ProcessPoolExecutor(count, context, initializer=signal.signal, initargs=quiet)
+    try:
+        yield pool
+    except BaseException as error:
+        # The public ProcessPoolExecutor.kill_workers came with Python 3.14.
+        workers = list((pool._processes or {}).values())
+        pool.shutdown(wait=False, cancel_futures=True)
+        for worker in workers:
+            worker.kill()
+        if isinstance(error, BrokenExecutor):
+            raise SiteError(
+                "a process that computes the comparison was ended, perhaps for want of memory"
+            ) from None
+        raise
+    else:
+        pool.shutdown()
 
 
 class _Notes:
