@@ -73,19 +73,6 @@ class NumberPlan:
     max_weight: int
     tensors: tuple[TensorPlan, ...]
 
-    @classmethod
-    def for_ranges(
-        cls, reference: Tensors, ranges: Mapping[str, float], *, sites: int, max_weight: int
-    ) -> NumberPlan:
-        """Plan for tensors shaped like ``reference``; ranges are rounded up to powers of two."""
-        tensors = tuple(
-            TensorPlan(name, tensor.shape, math.ceil(math.log2(ranges[name])))
-            for name, tensor in sorted(reference.items())
-        )
-        plan = cls(sites, max_weight, tensors)
-        plan.check()
-        return plan
-
     @property
     def level(self) -> int:
         """Largest absolute value of one site's word."""

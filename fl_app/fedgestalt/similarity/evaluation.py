@@ -181,14 +181,6 @@ def _accuracies(
     return totals[0], totals[1:]
 
 
-def chance_tables(syndromes: Mapping[str, float]) -> dict[str, dict[str, float]]:
-    """Accuracy of guessing: k out of the number of syndromes in the gallery, by table."""
-    return {
-        table: {f"top{k}": min(1.0, k / number) for k in TOP_K}
-        for table, number in syndromes.items()
-    }
-
-
 def roles_of(
     image_ids: Iterable[str],
     gallery: Iterable[str],

@@ -97,9 +97,3 @@ def test_plans_that_differ_in_anything_have_different_digests() -> None:
     others = [plan_for(4), plan_for(3, 1), plan_for(3, 0, 99), NumberPlan(3, 100, base.tensors[:1])]
     assert len({p.digest for p in (base, *others)}) == 5
     assert plan_for(3).digest == base.digest
-
-
-def test_ranges_are_rounded_up_to_powers_of_two() -> None:
-    reference = {"x": np.zeros(2, np.float32), "y": np.zeros(2, np.float32)}
-    plan = NumberPlan.for_ranges(reference, {"x": 1.5, "y": 0.25}, sites=3, max_weight=10)
-    assert [(t.name, t.exponent) for t in plan.tensors] == [("x", 1), ("y", -2)]
