@@ -26,6 +26,7 @@ _META, _SERVER, _CLIENT = (
     Path("app/config/config_fed_client.json"),
 )
 _TASK_REQUEST_SECONDS = 0.1
+_TENSORBOARD = "nvflare.app_opt.tracking.tb.tb_receiver.TBAnalyticsReceiver"
 
 
 class JobSpec(Spec):
@@ -39,6 +40,12 @@ class JobSpec(Spec):
     sites: tuple[str, ...] = Field(default=(), description="who must take part; empty: all sites")
     minimum_sites: int = Field(default=3, ge=3, description="FLARE starts the job with as many")
     phase_limit_seconds: float = Field(default=3600.0, gt=0, description="for one site's phase")
+    start_limit_seconds: float = Field(
+        default=120.0, gt=0, description="for a site's job process to come up"
+    )
+    silence_limit_seconds: float = Field(
+        default=30.0, ge=10, description="after which a silent job process is taken for lost"
+    )
 
     def workflow_arguments(self) -> dict[str, Any]:
         """Arguments of the workflow."""
@@ -64,6 +71,9 @@ class TrainingJob(JobSpec):
 
     ensemble: EnsembleSpec = Field(default_factory=default_ensemble)
     rounds: int = Field(default=6, ge=1, le=10_000)
+    max_update_norm: float = Field(
+        default=10.0, gt=0, description="largest change of the model per round, in its own norms"
+    )
     max_images_per_site: int = Field(
         default=4096, ge=2, description="public bound on a site's training images"
     )
@@ -212,6 +222,7 @@ def _job_files(job: JobSpec, name: str) -> dict[Path, dict[str, Any]]:
     if isinstance(job, TrainingJob):
         path = "fedgestalt.federation.aggregator.ZeroSumMaskAggregator"
         components.append({"id": "aggregator", "path": path, "args": {}})
+        components.append({"id": "metrics", "path": _TENSORBOARD, "args": {}})
     server = {
         "format_version": 2,
         "server": {"task_request_interval": _TASK_REQUEST_SECONDS},

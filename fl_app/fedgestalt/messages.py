@@ -70,6 +70,19 @@ class Message:
         return cls(**values)
 
 
+def size_of(value: object) -> int:
+    """Bytes of a message's content, without the serialisation around it."""
+    if isinstance(value, np.ndarray):
+        return int(value.nbytes)
+    if isinstance(value, bytes | str):
+        return len(value)
+    if isinstance(value, Mapping):
+        return sum(size_of(key) + size_of(inner) for key, inner in value.items())
+    if isinstance(value, list | tuple):
+        return sum(map(size_of, value))
+    return 8
+
+
 def _frozen(value: object) -> object:
     return tuple(value) if isinstance(value, list) else value
 
@@ -186,5 +199,19 @@ def arrays_by_name(dtype: str) -> Any:
             if tensor.dtype.kind == "f" and not bool(np.isfinite(tensor).all()):
                 return f"holds NaN or infinity in {name}"
         return ""
+
+    return _checked(check)
+
+
+def texts_by_name(limit: int = 200, count: int = 200) -> Any:
+    """Declare a mapping from names to texts, at most ``count`` of at most ``limit`` characters."""
+
+    def check(value: object) -> str:
+        if not isinstance(value, Mapping):
+            return f"is {type(value).__name__}, not a mapping"
+        if len(value) > count:
+            return f"has {len(value)} entries, more than {count}"
+        parts = (part for pair in value.items() for part in pair)
+        return next((f"has a part that {wrong}" for p in parts if (wrong := _text(p, limit))), "")
 
     return _checked(check)

@@ -1,30 +1,188 @@
-"""A FLARE provisioning Builder: name it in ``project.yml`` after the StaticFileBuilder."""
+"""A FLARE provisioning Builder: what a startup kit of the consortium must enforce.
+
+Name it in ``project.yml`` after the StaticFileBuilder and before the SignatureBuilder, or in the
+participant definition of ``nvflare cert request``: there it runs at ``nvflare package``, at the
+site itself.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
+import yaml
+from nvflare.lighter.entity import Participant
 from nvflare.lighter.spec import Builder, Project, ProvisionContext
 
 OUR_CLASSES: Final = "fedgestalt."
 """A class allow list entry; the trailing dot allows the whole package."""
 
+AUTHORIZATION: Final[Mapping[str, Any]] = {
+    "format_version": "1.0",
+    "permissions": {
+        "project_admin": {
+            **dict.fromkeys(("submit_job", "clone_job", "manage_job", "download_job"), "any"),
+            **dict.fromkeys(("view", "operate"), "any"),
+            **dict.fromkeys(("shell_commands", "byoc", "server-predeployed-flwr"), "none"),
+        },
+        "lead": {
+            "submit_job": "any",
+            **dict.fromkeys(("clone_job", "manage_job", "download_job"), "n:submitter"),
+            "view": "any",
+            "operate": "o:site",
+            **dict.fromkeys(("shell_commands", "byoc", "server-predeployed-flwr"), "none"),
+        },
+        "org_admin": {
+            "submit_job": "none",
+            "clone_job": "none",
+            **dict.fromkeys(("manage_job", "download_job"), "o:submitter"),
+            "view": "any",
+            "operate": "o:site",
+            **dict.fromkeys(("shell_commands", "byoc", "server-predeployed-flwr"), "none"),
+        },
+        "member": {"view": "any"},
+    },
+}
+"""FLARE's roles, without custom code (BYOC) and without shell commands for anybody."""
+
+PRIVACY: Final[Mapping[str, Any]] = {
+    "scopes": [
+        {
+            "name": "fedgestalt",
+            "properties": {},
+            "task_data_filters": [],
+            "task_result_filters": [
+                {"path": "fedgestalt.federation.outgoing.OutgoingGuard", "args": {}}
+            ],
+        }
+    ],
+    "default_scope": "fedgestalt",
+}
+"""Every result that leaves a site passes through our guard."""
+
+SERVER_ENVIRONMENT: Final[Mapping[str, str]] = {
+    "NVFLARE_CLIENT_OUTCOME_WAIT_TIMEOUT": "10",
+    "NVFL_JOB_STORE_ROOT": "$WORKSPACE/jobs",
+}
+"""A vanished site does not keep a job open; jobs and results stay in the server's own folder."""
+
+POLICY_FILE: Final = "fedgestalt.yaml"
+_POLICY: Final = """\
+# What this site decides for itself; no job can override it. Every key, its meaning and its default:
+# docs/reference/site-policy.md. `fedgestalt doctor --startup-kit KIT` checks this file.
+# Research use only, not a diagnosis.
+"""
+
 
 class FedgestaltPolicyBuilder(Builder):  # type: ignore[misc]
-    """Puts this project's classes on the class allow list of the server and of every site.
+    """Writes the consortium's policy into every kit, as enforced defaults of FLARE.
 
-    Without it every job fails with "component not authorized". Nothing else is allowed by it:
-    plugins are looked up by name and need no entry.
+    - class allow list: this project's classes beside FLARE's defaults. Plugins are looked up by
+      name and need no entry;
+    - jobs must be signed by their submitter; nobody may submit custom code (BYOC) or run shell
+      commands; ``member`` may look, not submit;
+    - every result leaves a site through our guard (``privacy.json``);
+    - a job process that dies at a site is that site's drop-out, not everybody's failure;
+    - the server keeps jobs in its own workspace, runs one job at a time and does not wait long for
+      sites that vanished;
+    - ``local/fedgestalt.yaml``: the site's own policy.
+
+    Args:
+        policy: keys of the site policy, the same for all sites of this project; ``{site}`` in a
+            path stands for the site's name.
+        gpus: GPUs that a site offers to jobs, unless its participant entry has its own ``gpus``.
+        gpu_memory_gib: memory of each, likewise.
+        max_jobs: jobs that the server runs at a time.
     """
 
+    def __init__(
+        self,
+        policy: Mapping[str, Any] | None = None,
+        gpus: int = 0,
+        gpu_memory_gib: int = 0,
+        max_jobs: int = 1,
+    ) -> None:
+        super().__init__()
+        self._policy = {
+            "data": "/srv/fedgestalt/data",
+            "store": "/srv/fedgestalt/store",
+            **dict(policy or {}),
+        }
+        self._gpus, self._gpu_memory, self._max_jobs = gpus, gpu_memory_gib, max_jobs
+
     def build(self, project: Project, ctx: ProvisionContext) -> None:
-        """Extend the enforced default policy of every kit."""
-        for participant in [project.get_server(), *project.get_clients()]:
-            path = Path(ctx.get_local_dir(participant)) / "resources.json.default"
-            resources = json.loads(path.read_text(encoding="utf-8"))
-            allowed = resources.setdefault("class_allow_list", [])
-            if OUR_CLASSES not in allowed:
-                allowed.append(OUR_CLASSES)
-            path.write_text(json.dumps(resources, indent=2), encoding="utf-8")
+        """Write the policy of every kit that this provisioning makes."""
+        server = project.get_server()
+        self._build_server(server, ctx)
+        for site in project.get_clients():
+            self._build_site(site, ctx)
+
+    def _build_server(self, server: Participant, ctx: ProvisionContext) -> None:
+        resources, path = _read(ctx.get_local_dir(server), "resources.json.default")
+        _allow_our_classes(resources)
+        _component(resources, "job_scheduler")["args"]["max_jobs"] = self._max_jobs
+        _write(path, resources)
+        _write(Path(ctx.get_local_dir(server)) / "authorization.json", AUTHORIZATION)
+        kit = Path(ctx.get_kit_dir(server))
+        _require_signed_jobs(kit / "fed_server.json")
+        script = kit / "sub_start.sh"
+        exports = "".join(
+            f'export {name}="${{{name}:-{value}}}"\n' for name, value in SERVER_ENVIRONMENT.items()
+        )
+        text = script.read_text(encoding="utf-8")
+        marker = "SECONDS=0\n"
+        if text.count(marker) != 1:
+            message = f"{script} is not the start script of FLARE 2.9: cannot set its environment"
+            raise ValueError(message)
+        if exports not in text:
+            script.write_text(text.replace(marker, exports + marker), encoding="utf-8")
+
+    def _build_site(self, site: Participant, ctx: ProvisionContext) -> None:
+        local = Path(ctx.get_local_dir(site))
+        resources, path = _read(local, "resources.json.default")
+        _allow_our_classes(resources)
+        launcher = _component(resources, "process_launcher")
+        launcher["path"] = "fedgestalt.federation.launcher.SiteJobLauncher"
+        limits = _component(resources, "resource_manager")["args"]
+        limits["num_of_gpus"] = site.get_prop("gpus", self._gpus)
+        limits["mem_per_gpu_in_GiB"] = site.get_prop("gpu_memory_gib", self._gpu_memory)
+        _write(path, resources)
+        _write(local / "authorization.json", AUTHORIZATION)
+        _write(local / "privacy.json", PRIVACY)
+        _require_signed_jobs(Path(ctx.get_kit_dir(site)) / "fed_client.json")
+        own = {**self._policy, **(site.get_prop("policy") or {})}
+        text = _POLICY + yaml.safe_dump(own, sort_keys=False)
+        (local / POLICY_FILE).write_text(text, encoding="utf-8")
+
+
+def _read(folder: str | Path, name: str) -> tuple[dict[str, Any], Path]:
+    path = Path(folder) / name
+    return json.loads(path.read_text(encoding="utf-8")), path
+
+
+def _write(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _allow_our_classes(resources: dict[str, Any]) -> None:
+    allowed = resources.setdefault("class_allow_list", [])
+    if OUR_CLASSES not in allowed:
+        allowed.append(OUR_CLASSES)
+    resources["class_list_enforcement_mode"] = "enforce"
+
+
+def _component(resources: Mapping[str, Any], name: str) -> dict[str, Any]:
+    found: dict[str, Any]
+    for found in resources["components"]:
+        if found["id"] == name:
+            found.setdefault("args", {})
+            return found
+    message = f"FLARE's resources have no component {name!r}: this Builder knows FLARE 2.9"
+    raise ValueError(message)
+
+
+def _require_signed_jobs(path: Path) -> None:
+    config, path = _read(path.parent, path.name)
+    _write(path, {**config, "require_signed_jobs": True})

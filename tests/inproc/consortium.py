@@ -21,10 +21,10 @@ from numpy.typing import NDArray
 from nvflare.apis.client import Client
 from nvflare.apis.event_type import EventType
 from nvflare.apis.fl_component import FLComponent
-from nvflare.apis.fl_constant import FLContextKey
+from nvflare.apis.fl_constant import FLContextKey, ReturnCode
 from nvflare.apis.fl_context import FLContextManager
 from nvflare.apis.impl.wf_comm_server import WFCommServer
-from nvflare.apis.shareable import Shareable
+from nvflare.apis.shareable import Shareable, make_reply
 from nvflare.apis.signal import Signal
 from nvflare.apis.utils.decomposers import flare_decomposers
 from nvflare.apis.workspace import Workspace
@@ -179,6 +179,10 @@ class _Engine:
     def get_component(self, component_id: str) -> FLComponent | None:
         return self.components.get(component_id)
 
+    def send_aux_request(self, targets: Sequence[str], **_: Any) -> dict[str, Shareable]:
+        """All sites are alive here."""
+        return {site: make_reply(ReturnCode.OK) for site in targets}
+
 
 @dataclass
 class Consortium:
@@ -224,6 +228,7 @@ class Consortium:
                 "store": str(self.folder / "stores" / "{site}"),
                 "threads": 1,
                 "evaluation_release": True,
+                "max_released_rows": 1000,
                 **self.settings,
             }
             local = Path(workspace.get_site_config_dir())

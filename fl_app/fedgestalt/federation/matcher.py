@@ -5,19 +5,20 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedgestalt import RESEARCH_USE_ONLY
 from fedgestalt.contracts import MatchingStrategy
-from fedgestalt.errors import ConfigError, ServerError, SiteError
-from fedgestalt.federation import matching_workflow as tasks
+from fedgestalt.errors import ConfigError, ServerError
+from fedgestalt.federation import tasks
+from fedgestalt.federation.handshake import Present, present, versions
 from fedgestalt.federation.matching_messages import (
-    ALL_ROWS,
     MaskedRows,
     MatchStart,
+    OfferKeys,
     Ranked,
     ReleasedRows,
 )
@@ -54,6 +55,8 @@ _RANKED, _NEIGHBOURS = 10, 10
 class FlakeMatcher(SiteExecutor):
     """Encodes the site's patients, masks them, and ranks the site's own queries."""
 
+    template: ClassVar[str] = "match"
+
     def __init__(self) -> None:
         super().__init__()
         self._start: MatchStart | None = None
@@ -64,38 +67,41 @@ class FlakeMatcher(SiteExecutor):
     def handlers(self) -> Mapping[str, Handler]:
         """Tasks of the matching job."""
         return {
+            tasks.START: self._join,
             tasks.KEYS: self._offer_key,
             tasks.SEAL: self._seal,
             tasks.ENCODE: self._encode,
             tasks.RANK: self._rank,
         }
 
-    def _offer_key(self, fields: object) -> KernelKey:
+    def _join(self, fields: object) -> Present:
         start = MatchStart.from_fields(fields, from_server)
-        limit, asked = self.settings.max_released_rows, start.released_rows
-        if asked == ALL_ROWS and not self.settings.evaluation_release:
-            raise SiteError(
-                "the job asks for an evaluation release, which this site does not allow",
-                where=self.site,
-                remedy="set evaluation_release in its fedgestalt.yaml, or lower released_rows",
-            )
-        if asked > limit:
-            raise SiteError(
-                f"the job asks for {asked} rows per query, this site releases {limit}",
-                where=self.site,
-                remedy="lower released_rows in the job",
-            )
-        self._strategy: MatchingStrategy = get_registry().matching.get(start.strategy)
+        self.settings.check_roster(self.site, start.roster)
+        self.settings.check_strategy(start.strategy)
+        self.settings.check_release(start.released_rows)
+        registry = get_registry()
+        strategy = registry.matching.entry(start.strategy)
+        self._strategy: MatchingStrategy = strategy.plugin
         folder = self.store / "ensembles" / start.ensemble
-        self._ensemble, digest = load_ensemble(folder, get_registry())
+        self._ensemble, digest = load_ensemble(folder, registry)
         if digest != start.ensemble:
             raise ConfigError("the stored ensemble has another digest", where=str(folder))
+        self.settings.check_licences(self._ensemble.licences)
         self._rows = image_order(self.cohort)
+        self._start = start
+        backbones = map(registry.backbones.entry, self._ensemble.backbones)
+        facts = {**versions([strategy, *backbones]), "label map": self.cohort.label_map_digest}
+        return present(facts)
+
+    def _offer_key(self, fields: object) -> KernelKey:
+        OfferKeys.from_fields(fields, from_server)
+        start = self._start
+        if start is None:
+            raise ServerError("a matching phase came before its start", where=self.site)
         facts = KernelFacts(self.job, start.ensemble, start.strategy, start.roster)
         self._agreement = KernelAgreement(
             self.site, facts, minimum_sites=self.settings.minimum_sites
         )
-        self._start = start
         return self._agreement.offer()
 
     def _seal(self, fields: object) -> SealedContributions:
@@ -110,7 +116,7 @@ class FlakeMatcher(SiteExecutor):
             faces,
             choose_device(self.settings.device),
             self.store / "cache",
-            self.progress.counter("encoding"),
+            self.counter("encoding"),
         )
         masked = np.asarray(self._strategy.mask(encodings, kernel.masking_seed), np.float64)
         self._handles = [new_handle() for _ in self._rows.image_ids]

@@ -11,19 +11,26 @@ from numpy.typing import NDArray
 from fedgestalt.messages import Fault, Message, array, hexadecimal, integer, several, text
 from fedgestalt.similarity.labels import HANDLE_BYTES, SEALED_BYTES
 
-ALL_ROWS = 0
-"""As ``released_rows``: an evaluation release, every row for every query."""
-
 
 @dataclass(frozen=True)
 class MatchStart(Message):
-    """Server to sites: the facts of a matching session."""
+    """Server to sites: the facts of a matching session.
+
+    ``released_rows`` 0 asks for an evaluation release: every row for every query.
+    """
 
     schema: ClassVar[str] = "fedgestalt.matching.start/1"
     roster: tuple[str, ...] = several(text())
     ensemble: str = hexadecimal()
     strategy: str = text(64)
     released_rows: int = integer(0, 2**31)
+
+
+@dataclass(frozen=True)
+class OfferKeys(Message):
+    """Server to sites: all agree; offer a key for the kernel agreement."""
+
+    schema: ClassVar[str] = "fedgestalt.matching.offer-keys/1"
 
 
 @dataclass(frozen=True)

@@ -7,27 +7,29 @@ similarities and opaque handles, no label, no embedding, and not how any query w
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.signal import Signal
 
 from fedgestalt.errors import PeerError
+from fedgestalt.federation.handshake import versions
 from fedgestalt.federation.matching_messages import (
-    ALL_ROWS,
     MaskedRows,
     MatchStart,
+    OfferKeys,
     Ranked,
     ReleasedRows,
 )
+from fedgestalt.federation.settings import ALL_ROWS
+from fedgestalt.federation.tasks import ENCODE, KEYS, RANK, SEAL, START
 from fedgestalt.federation.workflow import PhasedWorkflow
 from fedgestalt.hooks import get_registry
 from fedgestalt.messages import from_site
 from fedgestalt.similarity.gram import dense_gram
 from fedgestalt.similarity.kernel import KernelFacts, KernelKey, KernelKeys, SealedContributions
 
-KEYS, SEAL, ENCODE, RANK = "fgm_kernel_keys", "fgm_kernel_seal", "fgm_encode", "fgm_rank"
 GRAM_FILE = "gram.npz"
 
 
@@ -42,7 +44,11 @@ class FlakeSimilarityWorkflow(PhasedWorkflow):
         keep_gram: leave the whole matrix in the run folder, to show what the server sees.
         sites: see :class:`PhasedWorkflow`.
         phase_limit_seconds: see :class:`PhasedWorkflow`.
+        start_limit_seconds: see :class:`PhasedWorkflow`.
+        silence_limit_seconds: see :class:`PhasedWorkflow`.
     """
+
+    template: ClassVar[str] = "match"
 
     def __init__(
         self,
@@ -52,8 +58,10 @@ class FlakeSimilarityWorkflow(PhasedWorkflow):
         keep_gram: bool = False,
         sites: list[str] | None = None,
         phase_limit_seconds: float = 3600.0,
+        start_limit_seconds: float = 120.0,
+        silence_limit_seconds: float = 30.0,
     ) -> None:
-        super().__init__(sites, phase_limit_seconds)
+        super().__init__(sites, phase_limit_seconds, start_limit_seconds, silence_limit_seconds)
         self._ensemble, self._strategy = ensemble, strategy
         self._released_rows, self._keep_gram = released_rows, keep_gram
 
@@ -119,7 +127,9 @@ class FlakeSimilarityWorkflow(PhasedWorkflow):
             galleries[site] = message
 
         start = MatchStart(self.roster, self._ensemble, self._strategy, self._released_rows)
-        self.gather(KEYS, start, on_key, abort_signal, fl_ctx)
+        strategy = get_registry().matching.entry(self._strategy)
+        self.join(START, start, lambda _: versions([strategy]), abort_signal, fl_ctx)
+        self.gather(KEYS, OfferKeys(), on_key, abort_signal, fl_ctx)
         self.gather(SEAL, KernelKeys(keys), on_boxes, abort_signal, fl_ctx)
         sealed = {site: SealedContributions(boxes[site]) for site in self.roster}
         self.gather(ENCODE, sealed, on_rows, abort_signal, fl_ctx)

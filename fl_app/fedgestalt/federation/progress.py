@@ -18,6 +18,8 @@ class ProgressLog:
     def __init__(self, folder: Path, min_interval_seconds: float = 0.5) -> None:
         self._path = folder / PROGRESS_FILE
         self._interval, self._last = min_interval_seconds, 0.0
+        self.current: tuple[str, float] = ("", 0.0)
+        """Name and fraction of the work that was counted last."""
 
     def write(self, event: str, **facts: Any) -> None:
         """Append one event."""
@@ -30,6 +32,7 @@ class ProgressLog:
 
         def count(done: int, total: int) -> None:
             now = time.monotonic()
+            self.current = (what, done / total if total else 1.0)
             if done >= total or now - self._last >= self._interval:
                 self._last = now
                 self.write("work", what=what, done=done, total=total)

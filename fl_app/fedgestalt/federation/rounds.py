@@ -8,18 +8,81 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from fedgestalt.errors import ServerError
-from fedgestalt.learning.ensemble import SharedState, shared_state_digest
+from fedgestalt.errors import ServerError, SiteError
+from fedgestalt.federation.handshake import versions
+from fedgestalt.hooks.registry import Registry
+from fedgestalt.learning.ensemble import (
+    Ensemble,
+    SharedState,
+    read_shared_state,
+    shared_state_digest,
+)
 from fedgestalt.learning.spec import EnsembleSpec
 from fedgestalt.learning.training import MemberMetrics
 from fedgestalt.secagg import Aggregate, NumberPlan, SessionFacts, TensorPlan
 
 METRICS = "metrics/"
-"""Prefix of the tensors [loss, accuracy] that are summed under the masks with the update."""
+"""Prefix of the tensors of metrics that are summed under the masks with the update."""
 
+METRIC_NAMES = ("loss", "accuracy", "agreement")
 _STATISTICS = ("running_mean", "running_second_moment")
 _METRICS_RANGE = 16.0
 _MARGIN = 2.0
+
+
+def training_facts(
+    ensemble: Ensemble, roster: tuple[str, ...], max_weight: int, registry: Registry
+) -> dict[str, str]:
+    """What everybody in a training job must have alike; compared in the handshake.
+
+    Raises:
+        PlanError: the sum could overflow.
+    """
+    state, spec = read_shared_state(ensemble), ensemble.spec
+    facts = round_facts(
+        job="",
+        attempt=1,
+        round_number=1,
+        state=state,
+        exponents=exponents_of(first_ranges(state, spec)),
+        max_weight=max_weight,
+        roster=roster,
+        spec=spec,
+    )
+    return {
+        **versions(map(registry.backbones.entry, ensemble.backbones)),
+        "classes": str(ensemble.classes),
+        "start model": ensemble.start_digest,
+        "number plan": facts.plan.digest.hex(),
+    }
+
+
+def check_update_norm(update: SharedState, state: SharedState, bound: float, whose: str) -> None:
+    """Refuse a change of the model that is not finite, or many times as large as the model.
+
+    Running statistics of normalisation layers are left out: they follow the data.
+
+    Raises:
+        SiteError: names the largest change allowed and what came.
+    """
+    squares = {"update": 0.0, "model": 0.0}
+    for name, change in update.items():
+        if not np.isfinite(change).all():
+            raise SiteError(
+                f"{whose} holds NaN or infinity",
+                where=f"tensor {name}",
+                remedy="lower the learning rate in the job, and check the images of the site",
+            )
+        if not name.endswith(_STATISTICS):
+            squares["update"] += float((change.astype(np.float64) ** 2).sum())
+            squares["model"] += float((state[name].astype(np.float64) ** 2).sum())
+    if squares["update"] > bound**2 * squares["model"]:
+        ratio = math.sqrt(squares["update"] / max(squares["model"], 1e-30))
+        raise SiteError(
+            f"{whose} is {ratio:.3g} times as large as the model, at most {bound:.3g} is allowed",
+            remedy="a site's training has diverged or a site is faulty: lower the learning rate,"
+            " or run the job without one site at a time to find it",
+        )
 
 
 def metric_names(spec: EnsembleSpec) -> list[str]:
@@ -31,8 +94,8 @@ def with_metrics(
     update: Mapping[str, NDArray[np.float32]], metrics: Mapping[str, MemberMetrics]
 ) -> SharedState:
     """An update together with its metrics."""
-    values = {METRICS + name: (m.loss, m.accuracy) for name, m in metrics.items()}
-    return {**update, **{name: np.array(pair, np.float32) for name, pair in values.items()}}
+    values = {METRICS + name: (m.loss, m.accuracy, m.agreement) for name, m in metrics.items()}
+    return {**update, **{name: np.array(three, np.float32) for name, three in values.items()}}
 
 
 def split_metrics(
@@ -41,7 +104,7 @@ def split_metrics(
     """Take an aggregate apart: mean update, and mean metrics by member."""
     update = {name: values for name, values in mean.items() if not name.startswith(METRICS)}
     metrics = {
-        name.removeprefix(METRICS): {"loss": float(values[0]), "accuracy": float(values[1])}
+        name.removeprefix(METRICS): dict(zip(METRIC_NAMES, map(float, values), strict=True))
         for name, values in mean.items()
         if name.startswith(METRICS)
     }
@@ -93,7 +156,7 @@ def round_facts(
         PlanError: the sum could overflow.
     """
     shapes = {name: values.shape for name, values in state.items()}
-    shapes |= dict.fromkeys(metric_names(spec), (2,))
+    shapes |= dict.fromkeys(metric_names(spec), (len(METRIC_NAMES),))
     names = sorted(shapes)
     if len(names) != len(exponents):
         raise ServerError(f"{len(exponents)} ranges for {len(names)} tensors", where="round start")

@@ -1,32 +1,54 @@
 """What a site decides for itself: ``local/fedgestalt.yaml`` in its FLARE workspace.
 
-A job never says where a site keeps its data or how much of the machine it may use.
+A job never says where a site keeps its data, how much of the machine it may use, or what may leave
+the site. Every check here is made at the site, before any record or image is read.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Literal
 
 import yaml
 from pydantic import Field
 
-from fedgestalt.errors import ConfigError
+from fedgestalt.errors import ConfigError, SiteError
 from fedgestalt.hooks.registry import read_options
 from fedgestalt.learning.spec import Spec
 
 FILE_NAME = "fedgestalt.yaml"
+ALL_ROWS = 0
+"""As the rows a job asks for: an evaluation release, every row for every query."""
 
 
 class SiteSettings(Spec):
-    """Settings of one site; ``{site}`` in a path stands for the site's name."""
+    """Settings and policy of one site; ``{site}`` in a path stands for the site's name."""
 
     data: str = Field(description="the site's cohort, a folder in GMDB layout")
     store: str = Field(description="where the site keeps models, features and its own results")
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="what trains and encodes; auto takes a GPU if there is one"
+    )
     threads: int | None = Field(default=None, ge=1, description="CPU threads; default all")
+    jobs: tuple[str, ...] = Field(
+        default=("train_ensemble", "match"), description="job templates this site takes part in"
+    )
+    partners: tuple[str, ...] = Field(
+        default=(), description="the only sites it works with; empty: any of the consortium"
+    )
+    excluded_sites: tuple[str, ...] = Field(
+        default=(), description="sites that it does not work with, for example one that has left"
+    )
     minimum_sites: int = Field(
         default=3, ge=3, description="fewest sites with which this site takes part in a sum"
+    )
+    strategies: tuple[str, ...] = Field(
+        default=(), description="matching strategies it takes part in; empty: any installed one"
+    )
+    weight_licences: tuple[str, ...] = Field(
+        default=("Apache-2.0", "BSD-2-Clause", "BSD-3-Clause", "CC-BY-4.0", "CC0-1.0", "MIT"),
+        description="SPDX licences of start weights that this site may use; random ones need none",
     )
     max_released_rows: int = Field(
         default=200, ge=1, description="most rows per query that any site may get in a job"
@@ -36,6 +58,12 @@ class SiteSettings(Spec):
         description="whether this site takes part in evaluation jobs, which show every site the"
         " scores of its test images against all images of the others",
     )
+    max_update_norm: float = Field(
+        default=10.0,
+        gt=0,
+        description="largest change of the model in one round, in norms of the model itself; a"
+        " larger one, its own or the consortium's, is refused",
+    )
 
     def data_folder(self, site: str) -> Path:
         """The folder with the cohort of ``site``."""
@@ -44,6 +72,65 @@ class SiteSettings(Spec):
     def store_folder(self, site: str) -> Path:
         """The folder that only ``site`` reads and writes."""
         return Path(self.store.replace("{site}", site))
+
+    def check_job(self, template: str) -> None:
+        """Raise SiteError if this site does not take part in such jobs."""
+        if template not in self.jobs:
+            raise _refusal(f"does not take part in jobs of the kind {template!r}", "jobs")
+
+    def check_roster(self, site: str, roster: Iterable[str]) -> None:
+        """Raise SiteError if ``site`` does not work with exactly these sites."""
+        others = sorted(set(roster) - {site})
+        strangers = [o for o in others if self.partners and o not in self.partners]
+        if strangers:
+            raise _refusal(f"does not work with {', '.join(strangers)}", "partners")
+        excluded = [other for other in others if other in self.excluded_sites]
+        if excluded:
+            raise _refusal(f"does not work with {', '.join(excluded)}", "excluded_sites")
+        if len(others) + 1 < self.minimum_sites:
+            raise _refusal(
+                f"takes part with {self.minimum_sites} sites or more, the job has"
+                f" {len(others) + 1}; with fewer, single updates could be told from the sum",
+                "minimum_sites",
+            )
+
+    def check_strategy(self, strategy: str) -> None:
+        """Raise SiteError if this site does not mask by ``strategy``."""
+        if self.strategies and strategy not in self.strategies:
+            raise _refusal(f"does not take part in matching by {strategy!r}", "strategies")
+
+    def check_release(self, rows: int) -> None:
+        """Raise SiteError if a job asks for more rows per query than this site releases."""
+        if rows == ALL_ROWS and not self.evaluation_release:
+            raise _refusal(
+                "releases no scores of all images, which an evaluation asks for",
+                "evaluation_release",
+            )
+        if rows > self.max_released_rows:
+            raise _refusal(
+                f"releases {self.max_released_rows} rows per query, the job asks for {rows}",
+                "max_released_rows",
+            )
+
+    def check_licences(self, licences: Mapping[str, str]) -> None:
+        """Raise SiteError if start weights have a licence that this site may not use.
+
+        Args:
+            licences: by ensemble member; empty for random weights.
+        """
+        for member, licence in licences.items():
+            if licence and licence not in self.weight_licences:
+                raise _refusal(
+                    f"may not use weights under {licence} (ensemble member {member!r})",
+                    "weight_licences",
+                )
+
+
+def _refusal(what: str, key: str) -> SiteError:
+    return SiteError(
+        f"this site {what}",
+        remedy=f"change the job, or ask the site to change {key} in its {FILE_NAME}",
+    )
 
 
 def read_settings(folder: Path) -> SiteSettings:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import ClassVar
 
 import torch
+from nvflare.apis.event_type import EventType
 from nvflare.apis.executor import Executor
 from nvflare.apis.fl_constant import FLContextKey, ReturnCode
 from nvflare.apis.fl_context import FLContext
@@ -17,6 +19,7 @@ from fedgestalt.cohort import Cohort, read_cohort
 from fedgestalt.errors import FedgestaltError, SiteError
 from fedgestalt.federation.progress import ProgressLog
 from fedgestalt.federation.settings import SiteSettings, read_settings
+from fedgestalt.federation.watch import PING
 from fedgestalt.federation.wire import body, fault_reply, to_shareable
 from fedgestalt.messages import Message
 
@@ -24,17 +27,35 @@ Handler = Callable[[object], Message]
 
 
 class SiteExecutor(Executor):
-    """Base of the project's executors; one object lives for one job at one site."""
+    """Base of the project's executors; one object lives for one job at one site.
+
+    Before the first task is handled, the site's own policy decides whether it takes part in such
+    jobs at all.
+    """
+
+    template: ClassVar[str]
 
     def __init__(self) -> None:
         super().__init__()
         self.site = self.job = ""
+        self.progress: ProgressLog | None = None
         self._settings: SiteSettings | None = None
         self._cohort: Cohort | None = None
 
     def handlers(self) -> Mapping[str, Handler]:
         """Functions that turn a task's unchecked fields into a reply, by task name."""
         raise NotImplementedError
+
+    def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
+        """Answer the server's question whether this process is alive, from the start."""
+        if event_type == EventType.START_RUN:
+            fl_ctx.get_engine().register_aux_message_handler(PING, self._on_ping)
+
+    def _on_ping(self, topic: str, request: Shareable, fl_ctx: FLContext) -> Shareable:  # noqa: ARG002
+        what, fraction = self.progress.current if self.progress else ("", 0.0)
+        reply = make_reply(ReturnCode.OK)
+        reply["what"], reply["fraction"] = what, round(fraction, 3)
+        return reply
 
     def execute(
         self, task_name: str, shareable: Shareable, fl_ctx: FLContext, abort_signal: Signal
@@ -63,6 +84,7 @@ class SiteExecutor(Executor):
         self.site, self.job = fl_ctx.get_identity_name(), fl_ctx.get_job_id()
         self.progress = ProgressLog(Path(workspace.get_run_dir(self.job)))
         settings = read_settings(Path(workspace.get_site_config_dir()))
+        settings.check_job(self.template)
         self.store = settings.store_folder(self.site)
         try:
             self.store.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -73,6 +95,12 @@ class SiteExecutor(Executor):
         if settings.threads:
             torch.set_num_threads(settings.threads)
         self._settings = settings
+
+    def counter(self, what: str) -> Callable[[int, int], None]:
+        """See :meth:`ProgressLog.counter`."""
+        if self.progress is None:
+            raise SiteError("no task has started yet")
+        return self.progress.counter(what)
 
     @property
     def settings(self) -> SiteSettings:

@@ -19,26 +19,14 @@ from fedgestalt.messages import (
     text,
 )
 
-MAXIMUM_CLASSES = 1_000_000
-
 
 @dataclass(frozen=True)
 class Join(Message):
-    """Server to sites: who takes part."""
+    """Server to sites: who takes part, and the public bound on their sample weights."""
 
-    schema: ClassVar[str] = "fedgestalt.training.join/1"
+    schema: ClassVar[str] = "fedgestalt.training.join/2"
     roster: tuple[str, ...] = several(text())
-
-
-@dataclass(frozen=True)
-class Joined(Message):
-    """Site to server: what it would start from; equal at all sites, or the job ends."""
-
-    schema: ClassVar[str] = "fedgestalt.training.joined/1"
-    version: str = text()
-    label_map: str = hexadecimal()
-    classes: int = integer(2, MAXIMUM_CLASSES)
-    start_model: str = hexadecimal()
+    max_weight: int = integer(1, 2**31)
 
 
 @dataclass(frozen=True)
@@ -58,16 +46,26 @@ class RoundStart(Message):
 
 @dataclass(frozen=True)
 class Publish(Message):
-    """Server to sites: the final global model, to keep."""
+    """Server to sites: the final global model, to keep.
 
-    schema: ClassVar[str] = "fedgestalt.training.publish/1"
+    ``agreement`` has one value per trained member, in the order of their names: the share of all
+    sites' training images with which the model that came into the last round agreed.
+    """
+
+    schema: ClassVar[str] = "fedgestalt.training.publish/2"
     digest: str = hexadecimal()
     state: Mapping[str, NDArray[np.float32]] = arrays_by_name("float32")
+    agreement: NDArray[np.float32] = array("float32", 1)
 
 
 @dataclass(frozen=True)
 class Published(Message):
-    """Site to server: the model is stored, and this is its digest."""
+    """Site to server: the model is stored, and this is its digest.
 
-    schema: ClassVar[str] = "fedgestalt.training.published/1"
+    ``doubtful_labels`` is 1 if the consortium's model agrees with far fewer of this site's labels
+    than with those of all sites.
+    """
+
+    schema: ClassVar[str] = "fedgestalt.training.published/2"
     digest: str = hexadecimal()
+    doubtful_labels: int = integer(0, 1)

@@ -8,24 +8,31 @@ the end every site stores the published ensemble.
 from __future__ import annotations
 
 import time
-from typing import Any
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
+import numpy as np
+from nvflare.apis.analytix import AnalyticsDataType
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.signal import Signal
+from nvflare.apis.utils.analytix_utils import create_analytic_dxo, send_analytic_dxo
 
-import fedgestalt
-from fedgestalt.errors import ConfigError, PeerError
+from fedgestalt.errors import ConfigError, PeerError, ServerError
 from fedgestalt.federation.aggregator import ZeroSumMaskAggregator
+from fedgestalt.federation.handshake import Present
 from fedgestalt.federation.rounds import (
+    check_update_norm,
     exponents_of,
     first_ranges,
     next_ranges,
     round_facts,
     split_metrics,
+    training_facts,
 )
+from fedgestalt.federation.tasks import JOIN, PUBLISH, ROUND, UPDATE
 from fedgestalt.federation.training_messages import (
     Join,
-    Joined,
     Publish,
     Published,
     RoundStart,
@@ -38,7 +45,7 @@ from fedgestalt.learning.spec import EnsembleSpec
 from fedgestalt.learning.store import save_ensemble
 from fedgestalt.messages import from_site
 
-JOIN, ROUND, UPDATE, PUBLISH = "fgm_join", "fgm_round", "fgm_update", "fgm_publish"
+MAXIMUM_CLASSES = 1_000_000
 
 
 class EnsembleTrainingWorkflow(PhasedWorkflow):
@@ -51,7 +58,12 @@ class EnsembleTrainingWorkflow(PhasedWorkflow):
         aggregator_id: component id of a :class:`ZeroSumMaskAggregator`.
         sites: see :class:`PhasedWorkflow`.
         phase_limit_seconds: see :class:`PhasedWorkflow`.
+        start_limit_seconds: see :class:`PhasedWorkflow`.
+        silence_limit_seconds: see :class:`PhasedWorkflow`.
+        max_update_norm: largest change of the model in one round, in norms of the model.
     """
+
+    template: ClassVar[str] = "train_ensemble"
 
     def __init__(
         self,
@@ -61,8 +73,14 @@ class EnsembleTrainingWorkflow(PhasedWorkflow):
         aggregator_id: str = "aggregator",
         sites: list[str] | None = None,
         phase_limit_seconds: float = 3600.0,
+        start_limit_seconds: float = 120.0,
+        silence_limit_seconds: float = 30.0,
+        max_update_norm: float = 10.0,
     ) -> None:
-        super().__init__(sites, phase_limit_seconds)
+        super().__init__(
+            sites, phase_limit_seconds, start_limit_seconds, silence_limit_seconds, rounds
+        )
+        self._max_update_norm = max_update_norm
         self._spec_fields, self._rounds = ensemble, rounds
         self._max_weight, self._aggregator_id = max_images_per_site, aggregator_id
 
@@ -78,7 +96,7 @@ class EnsembleTrainingWorkflow(PhasedWorkflow):
         ensemble = self._join(spec, abort_signal, fl_ctx)
         state = read_shared_state(ensemble)
         ranges = first_ranges(state, spec)
-        records = []
+        records, metrics = [], dict[str, dict[str, float]]()
         for number in range(1, self._rounds + 1):
             started = time.monotonic()
             exponents = exponents_of(ranges)
@@ -92,6 +110,7 @@ class EnsembleTrainingWorkflow(PhasedWorkflow):
                 roster=self.roster,
                 spec=spec,
             )
+            self.status.begin_round(number)
             aggregator.begin(facts)
             start = RoundStart(number, 1, self._max_weight, exponents, state)
             self.gather(ROUND, start, aggregator.accept_key, abort_signal, fl_ctx)
@@ -99,6 +118,7 @@ class EnsembleTrainingWorkflow(PhasedWorkflow):
             self.gather(UPDATE, keys, aggregator.accept_vector, abort_signal, fl_ctx)
             aggregate = aggregator.mean()
             update, metrics = split_metrics(aggregate.mean)
+            check_update_norm(update, state, self._max_update_norm, "the mean of all updates")
             state = {name: values + update[name] for name, values in state.items()}
             ranges = next_ranges(ranges, aggregate)
             record = {
@@ -111,51 +131,63 @@ class EnsembleTrainingWorkflow(PhasedWorkflow):
             }
             records.append(record)
             self.progress.write("round", **record, rounds=self._rounds)
-        digest = self._publish(ensemble, state, abort_signal, fl_ctx)
+            self.status.end_round(metrics)
+            self._send_metrics(number, record, fl_ctx)
+        digest = self._publish(ensemble, state, metrics, abort_signal, fl_ctx)
         return {"rounds": records, "ensemble": digest, "classes": ensemble.classes}
+
+    def _send_metrics(self, number: int, record: Mapping[str, Any], fl_ctx: FLContext) -> None:
+        """Offer the round's means to FLARE's metric receivers (TensorBoard, MLflow and others)."""
+        values = {"images": record["images"], "seconds": record["seconds"]}
+        for member, metrics in record["members"].items():
+            values |= {f"{member}/{name}": value for name, value in metrics.items()}
+        for tag, value in values.items():
+            metric = create_analytic_dxo(
+                tag, float(value), AnalyticsDataType.SCALAR, global_step=number
+            )
+            send_analytic_dxo(self, metric, fl_ctx)
 
     def _join(self, spec: EnsembleSpec, abort_signal: Signal, fl_ctx: FLContext) -> Ensemble:
         """Compare what the sites would start from, then build the same here."""
-        joined: dict[str, Joined] = {}
+        registry = get_registry()
+        built: list[Ensemble] = []
 
-        def on_reply(site: str, fields: object) -> None:
-            joined[site] = Joined.from_fields(fields, from_site(site))
+        def own_facts(stated: Mapping[str, Present]) -> dict[str, str]:
+            classes = Counter(said.facts.get("classes", "") for said in stated.values())
+            count = classes.most_common(1)[0][0]
+            if not count.isdecimal() or not 2 <= int(count) <= MAXIMUM_CLASSES:
+                return {}
+            ensemble = build_ensemble(spec, int(count), registry)
+            built.append(ensemble)
+            return training_facts(ensemble, self.roster, self._max_weight, registry)
 
-        self.gather(JOIN, Join(self.roster), on_reply, abort_signal, fl_ctx)
-        first = self.roster[0]
-        for site in self.roster:
-            for what, remedy in (
-                ("version", "install the same version of fedgestalt everywhere"),
-                ("label_map", "use the consortium's syndrome table and class list at every site"),
-                ("classes", "use the consortium's class list at every site"),
-                ("start_model", "install the same versions of backbone plugins and weights"),
-            ):
-                ours, theirs = getattr(joined[first], what), getattr(joined[site], what)
-                if ours != theirs:
-                    difference = f"its {what.replace('_', ' ')} differs from that of {first}"
-                    raise PeerError(difference, site=site, remedy=remedy)
-        ensemble = build_ensemble(spec, joined[first].classes, get_registry())
-        if joined[first].version != fedgestalt.__version__:
-            raise ConfigError(
-                f"the sites run version {joined[first].version}, the server"
-                f" {fedgestalt.__version__}"
-            )
-        if joined[first].start_model != ensemble.start_digest:
-            raise ConfigError(
-                "the start model of the sites differs from the server's",
-                remedy="install the same versions of backbone plugins and weights at the server",
-            )
-        return ensemble
+        self.join(JOIN, Join(self.roster, self._max_weight), own_facts, abort_signal, fl_ctx)
+        if not built:
+            raise ServerError("the sites do not say how many classes there are", where="handshake")
+        return built[0]
 
     def _publish(
-        self, ensemble: Ensemble, state: SharedState, abort_signal: Signal, fl_ctx: FLContext
+        self,
+        ensemble: Ensemble,
+        state: SharedState,
+        metrics: Mapping[str, Mapping[str, float]],
+        abort_signal: Signal,
+        fl_ctx: FLContext,
     ) -> str:
         digest = save_ensemble(self.folder / "ensemble", ensemble, state)
+        agreement = np.array([metrics[name]["agreement"] for name in sorted(metrics)], np.float32)
 
         def on_reply(site: str, fields: object) -> None:
-            stored = Published.from_fields(fields, from_site(site)).digest
-            if stored != digest:
+            published = Published.from_fields(fields, from_site(site))
+            if published.digest != digest:
                 raise PeerError("it stored another model than was published", site=site)
+            if published.doubtful_labels:
+                self.status.warn(
+                    f"site {site!r}: the consortium's model agrees with far fewer of its labels"
+                    " than with those of all sites; ask it to check its lookup table and"
+                    " diagnoses. It was not left out."
+                )
 
-        self.gather(PUBLISH, Publish(digest, state), on_reply, abort_signal, fl_ctx)
+        message = Publish(digest, state, agreement)
+        self.gather(PUBLISH, message, on_reply, abort_signal, fl_ctx)
         return digest

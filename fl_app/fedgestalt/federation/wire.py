@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from nvflare.apis.fl_constant import ReturnCode
 from nvflare.apis.shareable import Shareable, make_reply
 
@@ -16,8 +18,8 @@ from fedgestalt.errors import (
 )
 from fedgestalt.messages import Message
 
-_BODY = "fedgestalt"
-_FAULT = "fedgestalt.fault"
+BODY: Final = "fedgestalt"
+FAULT: Final = "fedgestalt.fault"
 _SAFE_TO_REPORT = (SiteError, PeerError, ServerError, PlanError, PluginError)
 _FAULT_LIMIT = 500
 
@@ -25,13 +27,13 @@ _FAULT_LIMIT = 500
 def to_shareable(message: Message) -> Shareable:
     """Wrap a message."""
     shareable = Shareable()
-    shareable[_BODY] = message.to_fields()
+    shareable[BODY] = message.to_fields()
     return shareable
 
 
 def body(shareable: Shareable) -> object:
     """The fields of the wrapped message, unchecked."""
-    return shareable.get(_BODY)
+    return shareable.get(BODY)
 
 
 def fault_reply(error: Exception) -> Shareable:
@@ -48,7 +50,7 @@ def fault_reply(error: Exception) -> Shareable:
     else:
         what = f"unexpected {type(error).__name__}; its own log says more."
     reply = make_reply(ReturnCode.EXECUTION_EXCEPTION)
-    reply[_FAULT] = what[:_FAULT_LIMIT]
+    reply[FAULT] = what[:_FAULT_LIMIT]
     return reply
 
 
@@ -57,5 +59,5 @@ def fault_of(reply: Shareable) -> str:
     code = reply.get_return_code()
     if code in (None, ReturnCode.OK):
         return ""
-    said = reply.get(_FAULT)
+    said = reply.get(FAULT)
     return said[:_FAULT_LIMIT] if isinstance(said, str) else f"FLARE return code {code}."

@@ -1,4 +1,4 @@
-"""The server's side of any job: phases in which every site must answer, and a clear end.
+"""The server's side of any job: a handshake, phases in which every site must answer, a clear end.
 
 FLARE's ``COMPLETED`` says only that the controller returned. Every job therefore leaves an
 ``outcome.json`` in its run folder: ``completed``, or ``failed`` with the reason and the site.
@@ -11,19 +11,25 @@ import time
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from nvflare.apis.controller_spec import ClientTask, Task, TaskCompletionStatus
+from nvflare.apis.event_type import EventType
+from nvflare.apis.fl_constant import ReturnCode
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.impl.controller import Controller
 from nvflare.apis.shareable import Shareable
 from nvflare.apis.signal import Signal
+from nvflare.widgets.info_collector import GroupInfoCollector, InfoCollector
 
 import fedgestalt
 from fedgestalt.errors import FedgestaltError, PeerError, ServerError
+from fedgestalt.federation.handshake import Present, check_agreement, clock_warnings
 from fedgestalt.federation.progress import ProgressLog, write_outcome
+from fedgestalt.federation.status import PROGRESS_COMMAND, JobStatus
+from fedgestalt.federation.watch import PING, PING_TIMEOUT_SECONDS, SiteWatch
 from fedgestalt.federation.wire import body, fault_of, to_shareable
-from fedgestalt.messages import Message
+from fedgestalt.messages import Message, from_site, size_of
 
 OnReply = Callable[[str, object], None]
 """Called with the site's name and the unchecked fields of its reply; raises on a fault."""
@@ -41,13 +47,27 @@ class PhasedWorkflow(Controller):
     Args:
         sites: who must take part; empty means all sites that the job was deployed to.
         phase_limit_seconds: how long a site may work on one phase.
+        start_limit_seconds: how long a site's job process may take to come up.
+        silence_limit_seconds: how long it may then be silent before it is taken for lost.
     """
 
-    def __init__(self, sites: list[str] | None = None, phase_limit_seconds: float = 3600.0) -> None:
+    template: ClassVar[str]
+
+    def __init__(
+        self,
+        sites: list[str] | None = None,
+        phase_limit_seconds: float = 3600.0,
+        start_limit_seconds: float = 120.0,
+        silence_limit_seconds: float = 30.0,
+        rounds: int = 0,
+    ) -> None:
         super().__init__(task_check_period=_POLL_SECONDS)
         self._sites, self._limit = list(sites or ()), phase_limit_seconds
+        self._start_limit, self._silence_limit = start_limit_seconds, silence_limit_seconds
         self.folder = Path()
         self.roster: tuple[str, ...] = ()
+        self.status = JobStatus(self.template, rounds)
+        self._watch: SiteWatch | None = None
 
     # FLARE's life cycle
 
@@ -61,6 +81,22 @@ class PhasedWorkflow(Controller):
 
     def stop_controller(self, fl_ctx: FLContext) -> None:
         """Nothing to do."""
+
+    def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
+        """Offer the status to ``show_stats`` and as an application command."""
+        super().handle_event(event_type, fl_ctx)
+        if event_type == EventType.START_RUN:
+            fl_ctx.get_engine().register_app_command(PROGRESS_COMMAND, self._on_progress_command)
+        elif event_type == InfoCollector.EVENT_TYPE_GET_STATS:
+            collector = fl_ctx.get_prop(InfoCollector.CTX_KEY_STATS_COLLECTOR)
+            if isinstance(collector, GroupInfoCollector):
+                collector.set_info("fedgestalt", self._report())
+
+    def _on_progress_command(self, topic: str, data: Any, fl_ctx: FLContext) -> dict[str, Any]:  # noqa: ARG002
+        return self._report()
+
+    def _report(self) -> dict[str, Any]:
+        return self.status.report(self._watch, self.roster)
 
     def process_result_of_unknown_task(
         self,
@@ -79,8 +115,11 @@ class PhasedWorkflow(Controller):
         outcome: dict[str, Any] = {
             "fedgestalt": fedgestalt.__version__,
             "notice": fedgestalt.RESEARCH_USE_ONLY,
+            "job": fl_ctx.get_job_id(),
+            "template": self.template,
             "sites": list(self.roster),
         }
+        self._watch = self._new_watch(fl_ctx)
         try:
             outcome |= {"status": "completed", **self.run(abort_signal, fl_ctx)}
         except Aborted:
@@ -93,17 +132,78 @@ class PhasedWorkflow(Controller):
                 "status": "failed",
                 "reason": f"unexpected {type(error).__name__} at the server",
             }
+        finally:
+            self._watch.stop()
+        outcome["warnings"] = self.status.warnings
+        outcome["bytes"] = self.status.transferred
         outcome["seconds"] = round(time.time() - started, 2)
         write_outcome(self.folder, outcome)
         self.progress.write("end", status=outcome["status"])
         if outcome["status"] == "failed":
             self.system_panic(outcome["reason"], fl_ctx)
 
+    def _new_watch(self, fl_ctx: FLContext) -> SiteWatch:
+        engine = fl_ctx.get_engine()
+
+        def ask() -> Mapping[str, object]:
+            with engine.new_context() as context:
+                replies = engine.send_aux_request(
+                    targets=list(self.roster),
+                    topic=PING,
+                    request=Shareable(),
+                    timeout=PING_TIMEOUT_SECONDS,
+                    fl_ctx=context,
+                    optional=True,
+                )
+            return {
+                site: dict(reply)
+                for site, reply in (replies or {}).items()
+                if isinstance(reply, Shareable) and reply.get_return_code() == ReturnCode.OK
+            }
+
+        watch = SiteWatch(self.roster, ask, self._start_limit, self._silence_limit)
+        watch.start()
+        return watch
+
     @abstractmethod
     def run(self, abort_signal: Signal, fl_ctx: FLContext) -> dict[str, Any]:
         """Do the job; returns what the outcome should say."""
 
     # phases
+
+    def join(
+        self,
+        task_name: str,
+        message: Message,
+        own_facts: Callable[[Mapping[str, Present]], Mapping[str, str]],
+        abort_signal: Signal,
+        fl_ctx: FLContext,
+    ) -> dict[str, Present]:
+        """The handshake: every site says what it would work with, or why it does not take part.
+
+        Args:
+            task_name: of the handshake.
+            message: what the job is about.
+            own_facts: gives the server's facts, from the sites' ones.
+            abort_signal: FLARE's.
+            fl_ctx: FLARE's.
+
+        Raises:
+            ConfigError: names all differences and refusals, site by site.
+        """
+        stated: dict[str, Present] = {}
+        received: dict[str, float] = {}
+
+        def on_reply(site: str, fields: object) -> None:
+            received[site] = time.time()
+            stated[site] = Present.from_fields(fields, from_site(site))
+
+        refusals = self._gather(task_name, message, on_reply, abort_signal, fl_ctx, patient=True)
+        said = {site: _without_name(error, site) for site, error in refusals.items()}
+        check_agreement(own_facts(stated) if stated else {}, stated, said)
+        for warning in clock_warnings(stated, received):
+            self.status.warn(warning)
+        return stated
 
     def gather(
         self,
@@ -123,17 +223,37 @@ class PhasedWorkflow(Controller):
             fl_ctx: FLARE's.
 
         Raises:
-            FedgestaltError: a site failed, sent something wrong, or did not answer in time.
+            FedgestaltError: a site failed, sent something wrong, died, or did not answer in time.
             Aborted: the administrator ended the job.
         """
+        faults = self._gather(task_name, messages, on_reply, abort_signal, fl_ctx, patient=False)
+        for error in faults.values():
+            raise error
+
+    def _gather(
+        self,
+        task_name: str,
+        messages: Message | Mapping[str, Message],
+        on_reply: OnReply,
+        abort_signal: Signal,
+        fl_ctx: FLContext,
+        *,
+        patient: bool,
+    ) -> dict[str, FedgestaltError]:
+        """As :meth:`gather`; returns the faults by site: all of them if ``patient``, or the first.
+
+        A silence is a fault of the silent sites.
+        """
         self.progress.write("phase", phase=task_name, sites=len(self.roster))
-        waiting, faults, lock = set(self.roster), list[FedgestaltError](), threading.Lock()
+        self.status.begin_phase(task_name, frozenset(self.roster))
+        waiting, faults = set(self.roster), dict[str, FedgestaltError]()
+        lock = threading.Lock()
 
         def received(client_task: ClientTask, fl_ctx: FLContext) -> None:  # noqa: ARG001
             site, reply = client_task.client.name, client_task.result
             client_task.result = None
             with lock:
-                if site not in waiting or faults:
+                if site not in waiting or (faults and not patient):
                     return
                 try:
                     said = fault_of(reply)
@@ -141,10 +261,13 @@ class PhasedWorkflow(Controller):
                         raise PeerError(said, site=site)
                     on_reply(site, body(reply))
                 except FedgestaltError as error:
-                    faults.append(error)
+                    faults[site] = error
                 except Exception as error:  # noqa: BLE001  whatever a reply provokes is its fault
-                    faults.append(PeerError(f"its reply raised {type(error).__name__}", site=site))
+                    faults[site] = PeerError(f"its reply raised {type(error).__name__}", site=site)
                 waiting.discard(site)
+                self.status.answered(site, size_of(body(reply)))
+                if self._watch:
+                    self._watch.heard(site)
                 self.progress.write("answer", phase=task_name, site=site)
 
         tasks = []
@@ -153,15 +276,20 @@ class PhasedWorkflow(Controller):
             data = to_shareable(message)
             task = Task(task_name, data, timeout=int(self._limit), result_received_cb=received)
             self.broadcast(task, fl_ctx, targets=[site], min_responses=1)
+            self.status.sent(site, size_of(body(data)))
             tasks.append(task)
         deadline = time.monotonic() + self._limit
         try:
             while True:
                 with lock:
-                    if faults:
-                        raise faults[0]
-                    if not waiting:
-                        return
+                    lost = self._watch.lost(waiting) if self._watch else {}
+                    for site, what in lost.items():
+                        faults[site] = PeerError(
+                            what, site=site, remedy="look at its log; submit the job again"
+                        )
+                        waiting.discard(site)
+                    if not waiting or (faults and not patient):
+                        return faults
                 if abort_signal.triggered:
                     raise Aborted
                 if time.monotonic() > deadline:
@@ -176,3 +304,8 @@ class PhasedWorkflow(Controller):
             for task in tasks:
                 if task.completion_status is None:
                     self.cancel_task(task, TaskCompletionStatus.CANCELLED, fl_ctx)
+
+
+def _without_name(error: FedgestaltError, site: str) -> str:
+    """The sentence without the site's name in front, for a list that has it already."""
+    return str(error).removeprefix(f"site {site!r}: ").rstrip(".")

@@ -12,11 +12,14 @@ Rules:
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib.metadata
 import logging
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final, Generic, TypeVar, cast, get_args
 
@@ -49,6 +52,16 @@ class Entry(Generic[PluginT]):
     distribution: str
     version: str
 
+    @property
+    def plugin_name(self) -> str:
+        """Kind and name."""
+        return f"{self.kind} {self.plugin.name}"
+
+    @property
+    def digest(self) -> str:
+        """Of the code of the package that the plugin comes from; see :func:`code_digest`."""
+        return code_digest(type(self.plugin).__module__.partition(".")[0])
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -57,6 +70,25 @@ class Problem:
     plugin: str
     distribution: str
     reason: str
+
+
+@functools.cache
+def code_digest(package: str) -> str:
+    """SHA-256 over the names and contents of a loaded package's Python files, hexadecimal.
+
+    Empty if the package is not loaded from files.
+    """
+    places = getattr(sys.modules.get(package), "__path__", None)
+    total = hashlib.sha256()
+    files = [
+        (path.relative_to(place).as_posix(), path)
+        for place in places or ()
+        for path in Path(place).rglob("*.py")
+    ]
+    for name, path in sorted(files):
+        content = hashlib.sha256(path.read_bytes()).hexdigest()
+        total.update(f"{name}\0{content}\n".encode())
+    return total.hexdigest() if files else ""
 
 
 class Catalogue(Generic[PluginT]):

@@ -41,10 +41,11 @@ class Member(nn.Module):
         input_spec: InputSpec,
         feature_shape: tuple[int, ...],
         embedding_size: int,
+        weights_licence: str = "",
     ) -> None:
         super().__init__()
         self.spec, self.input, self.feature_shape = spec, input_spec, feature_shape
-        self.embedding_size = embedding_size
+        self.embedding_size, self.weights_licence = embedding_size, weights_licence
         self.trunk, self.neck, self.head = trunk, neck, head
         for part in self.trained_parts.values():
             part.requires_grad_(True)
@@ -75,6 +76,16 @@ class Ensemble:
     def encoding_size(self) -> int:
         """Length of a concatenated encoding."""
         return sum(member.embedding_size for member in self.members) * len(TEST_VARIANTS)
+
+    @property
+    def backbones(self) -> tuple[str, ...]:
+        """Names of the backbone plugins, each once."""
+        return tuple(dict.fromkeys(member.spec.backbone for member in self.members))
+
+    @property
+    def licences(self) -> dict[str, str]:
+        """SPDX licence of each member's start weights; empty for random ones."""
+        return {member.spec.name: member.weights_licence for member in self.members}
 
     @property
     def start_digest(self) -> str:
@@ -119,6 +130,7 @@ def build_ensemble(spec: EnsembleSpec, classes: int, registry: Registry) -> Ense
                 modules.input,
                 modules.feature_shape,
                 modules.embedding_size,
+                modules.weights_licence,
             )
         )
     return Ensemble(spec, tuple(members), classes)
@@ -206,3 +218,13 @@ def state_digest(module: nn.Module) -> str:
         if not name.endswith("num_batches_tracked")
     }
     return shared_state_digest(state).hex()
+
+
+def weight_licences(spec: EnsembleSpec, registry: Registry) -> dict[str, str]:
+    """SPDX licence of each member's start weights, without building the rest of the ensemble.
+
+    Raises:
+        PluginError: a backbone is not installed.
+        ConfigError: its options are wrong.
+    """
+    return build_ensemble(spec, 2, registry).licences

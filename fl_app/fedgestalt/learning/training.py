@@ -7,6 +7,7 @@ once; the others draw fresh variants each epoch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +29,8 @@ from fedgestalt.learning.ensemble import (
 )
 from fedgestalt.learning.features import trunk_features
 from fedgestalt.learning.images import Faces, to_input
+
+_AGREEMENT_SAMPLE, _AGREEMENT_BATCH = 256, 32
 
 MemberProgress = Callable[[str, int, int], None]
 """Called with (member, epochs or images done, total)."""
@@ -54,10 +57,17 @@ class TrainingSet:
 
 @dataclass(frozen=True)
 class MemberMetrics:
-    """Means over the last local epoch, dropout and augmentation on."""
+    """How a round's training went.
+
+    Attributes:
+        loss, accuracy: means over the last local epoch, dropout and augmentation on.
+        agreement: share of the site's training images (of a sample, if there are many) that the
+            model classified as labelled *before* this round's training.
+    """
 
     loss: float
     accuracy: float
+    agreement: float
 
 
 @dataclass
@@ -135,6 +145,7 @@ class LocalTrainer:
         dtype = trunk_dtype(self.device)
         mixed = dtype != torch.float32
         member.to(self.device)
+        agreement = self._agreement(member, index, progress)
         for module in member.trained_parts.values():
             module.train()
         losses, correct, seen = 0.0, 0, 0
@@ -156,7 +167,29 @@ class LocalTrainer:
                     seen += len(rows)
                 progress(name, epoch + 1, settings.epochs)
         member.eval()
-        return MemberMetrics(losses / seen, correct / seen)
+        return MemberMetrics(losses / seen, correct / seen, agreement)
+
+    def _agreement(self, member: Member, index: int, progress: MemberProgress) -> float:
+        """See :class:`MemberMetrics`; draws no random numbers."""
+        count = len(self.data.targets)
+        rows = np.unique(np.linspace(0, count - 1, min(count, _AGREEMENT_SAMPLE)).astype(np.int64))
+        dtype = trunk_dtype(self.device)
+        correct = 0
+        with (
+            torch.inference_mode(),
+            torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32),
+        ):
+            for part in np.array_split(rows, math.ceil(len(rows) / _AGREEMENT_BATCH)):
+                if member.trunk_is_frozen:
+                    features = self._features(member, index, progress)[part, 0].to(self.device)
+                else:
+                    faces = self.data.faces[part]
+                    features = member.trunk(
+                        to_input(faces, member.input, self.device, torch.float32)
+                    )
+                found = member.head(member.neck(features)).argmax(1).cpu().numpy()
+                correct += int((found == self.data.targets[part]).sum())
+        return correct / len(rows)
 
     def _batches(
         self, member: Member, index: int, rng: np.random.Generator, progress: MemberProgress

@@ -1,0 +1,72 @@
+"""The last gate at a site: what leaves it is one of our messages, and is written down.
+
+A privacy filter of FLARE (``local/privacy.json``), outside the reach of any job. It reads no
+values: it checks that a result is a message that this version sends in that task, and appends a
+line to ``sent.jsonl`` in the site's store, for the site's own records. Results of tasks of other
+software pass: these can only be what the site's class allow list lets in.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nvflare.apis.filter import Filter
+from nvflare.apis.fl_constant import FLContextKey, ReturnCode
+from nvflare.apis.fl_context import FLContext
+from nvflare.apis.shareable import ReservedHeaderKey, Shareable
+
+from fedgestalt.errors import ConfigError, SiteError
+from fedgestalt.federation.settings import read_settings
+from fedgestalt.federation.tasks import ANSWERS, TASK_PREFIX
+from fedgestalt.federation.wire import BODY, FAULT, body, fault_reply
+from fedgestalt.messages import size_of
+
+SENT_FILE = "sent.jsonl"
+
+
+class OutgoingGuard(Filter):
+    """Refuses results that are not ours; records those that are."""
+
+    def process(self, shareable: Shareable, fl_ctx: FLContext) -> Shareable:
+        """See the module docstring; a refused result becomes a fault that says so."""
+        task = fl_ctx.get_prop(FLContextKey.TASK_NAME, "")
+        if not task.startswith(TASK_PREFIX):
+            return shareable
+        try:
+            sent = self._checked(task, shareable)
+            self._record(task, sent, fl_ctx)
+        except (SiteError, ConfigError) as error:
+            self.log_error(fl_ctx, str(error))
+            return fault_reply(error)
+        except OSError as error:
+            return fault_reply(
+                SiteError(f"its record of what leaves it cannot be written ({error.strerror})")
+            )
+        return shareable
+
+    def _checked(self, task: str, shareable: Shareable) -> dict[str, Any]:
+        extra = set(shareable) - {BODY, FAULT, ReservedHeaderKey.HEADERS}
+        if extra:
+            raise SiteError("its outgoing guard stopped a result with parts that are no message")
+        if shareable.get_return_code() not in (None, ReturnCode.OK):
+            return {"message": "fault", "bytes": len(str(shareable.get(FAULT, "")))}
+        fields = body(shareable)
+        schema = fields.get("schema") if isinstance(fields, Mapping) else None
+        answer = ANSWERS.get(task)
+        if not isinstance(fields, Mapping) or answer is None or schema != answer.schema:
+            raise SiteError(f"its outgoing guard stopped a result that is no answer to {task}")
+        return {"message": schema, "bytes": size_of(fields)}
+
+    def _record(self, task: str, sent: Mapping[str, Any], fl_ctx: FLContext) -> None:
+        workspace = fl_ctx.get_prop(FLContextKey.WORKSPACE_OBJECT)
+        workspace = workspace or fl_ctx.get_engine().get_workspace()
+        settings = read_settings(Path(workspace.get_site_config_dir()))
+        store = settings.store_folder(fl_ctx.get_identity_name())
+        store.mkdir(parents=True, exist_ok=True, mode=0o700)
+        line = {"time": round(time.time(), 2), "job": fl_ctx.get_job_id(), "task": task, **sent}
+        with (store / SENT_FILE).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")

@@ -1,0 +1,116 @@
+"""Which sites' job processes are alive, and how far each is with its work.
+
+FLARE reports a lost site late or never, so the server's side of a job asks every site's job process
+every few seconds. The answer carries what the site is working on as a fraction, never as a count:
+how many images a hospital has is not the server's business.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+PING: Final = "fgm.ping"
+PING_SECONDS: Final = 2.0
+PING_TIMEOUT_SECONDS: Final = 5.0
+
+Ask = Callable[[], Mapping[str, object]]
+"""Asks all sites; returns the answers (``what``, ``fraction``) of those that gave one."""
+
+
+@dataclass(frozen=True)
+class SiteState:
+    """What is known of one site.
+
+    Attributes:
+        heard_seconds_ago: since its last sign of life; None if there was none yet.
+        what: name of its current work, empty if none.
+        fraction: of that work, 0..1.
+    """
+
+    heard_seconds_ago: float | None
+    what: str
+    fraction: float
+
+
+class SiteWatch:
+    """Asks the sites in a thread of its own, from :meth:`start` to :meth:`stop`.
+
+    Args:
+        sites: the roster.
+        ask: see :data:`Ask`; called from the thread.
+        start_limit_seconds: how long a job process may take to come up.
+        silence_limit_seconds: how long one that has come up may be silent.
+        clock: seconds; only tests replace it.
+    """
+
+    def __init__(
+        self,
+        sites: Iterable[str],
+        ask: Ask,
+        start_limit_seconds: float,
+        silence_limit_seconds: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._sites, self._ask, self._clock = tuple(sites), ask, clock
+        self._start_limit, self._silence_limit = start_limit_seconds, silence_limit_seconds
+        self._began = clock()
+        self._heard: dict[str, float] = {}
+        self._work: dict[str, tuple[str, float]] = {}
+        self._lock, self._end = threading.Lock(), threading.Event()
+        self._thread = threading.Thread(target=self._run, name="site watch", daemon=True)
+
+    def start(self) -> None:
+        """Begin to ask."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread; it is gone after a ping at the latest."""
+        self._end.set()
+
+    def _run(self) -> None:
+        while not self._end.wait(PING_SECONDS):
+            self.step()
+
+    def step(self) -> None:
+        """Ask once."""
+        for site, answer in self._ask().items():
+            if isinstance(answer, Mapping):
+                what, fraction = answer.get("what"), answer.get("fraction")
+                good = isinstance(what, str) and isinstance(fraction, int | float)
+                self.heard(site, str(what)[:64] if good else "", float(fraction) if good else 0.0)  # type: ignore[arg-type]
+
+    def heard(self, site: str, what: str | None = None, fraction: float = 0.0) -> None:
+        """Note a sign of life; an answer to a task is one as well."""
+        with self._lock:
+            self._heard[site] = self._clock()
+            if what is not None:
+                self._work[site] = (what, min(1.0, max(0.0, fraction)))
+
+    def lost(self, sites: Iterable[str]) -> dict[str, str]:
+        """Those of ``sites`` that have been silent for too long, with a sentence for each."""
+        found, now = {}, self._clock()
+        with self._lock:
+            for site in sites:
+                last = self._heard.get(site)
+                if last is None and now - self._began > self._start_limit:
+                    found[site] = (
+                        f"its job process has not come up within {self._start_limit:.0f} seconds"
+                    )
+                elif last is not None and now - last > self._silence_limit:
+                    found[site] = (
+                        f"its job process has been silent for {now - last:.0f} seconds: it was"
+                        " killed, ran out of memory, or lost its connection"
+                    )
+        return found
+
+    def state(self, site: str) -> SiteState:
+        """What is known of ``site``."""
+        with self._lock:
+            last = self._heard.get(site)
+            what, fraction = self._work.get(site, ("", 0.0))
+        ago = None if last is None else self._clock() - last
+        return SiteState(ago, what, fraction)
