@@ -218,6 +218,40 @@ def _write_folder(out: Path, write: Callable[[Path], object]) -> None:
         shutil.rmtree(holder, ignore_errors=True)
 
 
+@main.command()
+@click.option(
+    "--startup-kit",
+    type=click.Path(path_type=Path),
+    metavar="KIT",
+    help="FLARE startup kit of a site, a server or an administrator.",
+)
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Cohort to check; that of the site's policy by default.",
+)
+@click.option(
+    "--dry-run/--no-dry-run", default=True, show_default=True, help="Compute one batch of images."
+)
+@_json_option
+def doctor(startup_kit: Path | None, data: Path | None, dry_run: bool, as_json: bool) -> None:
+    """Say whether this site is ready: software, kit, network, policy, data, machine."""
+    from rich.console import Console
+
+    from fedgestalt.console import Steps
+    from fedgestalt.doctor import Request, examine
+    from fedgestalt.doctor.report import as_document, is_ready, show
+
+    checks = examine(Request(startup_kit, data, dry_run), Steps())
+    if as_json:
+        _as_json(as_document(checks))
+    else:
+        show(checks, Console(highlight=False))
+    if not is_ready(checks):
+        sys.exit(WORK_FAILED)
+
+
 @main.group()
 def job() -> None:
     """List, render and explain the FLARE jobs that an administrator submits."""

@@ -19,30 +19,34 @@ from nvflare.lighter.spec import Builder, Project, ProvisionContext
 OUR_CLASSES: Final = "fedgestalt."
 """A class allow list entry; the trailing dot allows the whole package."""
 
+_NOBODY: Final = dict.fromkeys(("shell_commands", "byoc", "server-predeployed-flwr"), "none")
+_LOOK: Final = dict.fromkeys(("view", "app_command", "list_job", "report_version"), "any")
+_FETCH: Final = ("download_job", "download_job_components", "get_job_log")
+
 AUTHORIZATION: Final[Mapping[str, Any]] = {
     "format_version": "1.0",
     "permissions": {
         "project_admin": {
-            **dict.fromkeys(("submit_job", "clone_job", "manage_job", "download_job"), "any"),
-            **dict.fromkeys(("view", "operate"), "any"),
-            **dict.fromkeys(("shell_commands", "byoc", "server-predeployed-flwr"), "none"),
+            **_LOOK,
+            **dict.fromkeys(("submit_job", "clone_job", "manage_job", *_FETCH), "any"),
+            "operate": "any",
+            **_NOBODY,
         },
         "lead": {
+            **_LOOK,
             "submit_job": "any",
-            **dict.fromkeys(("clone_job", "manage_job", "download_job"), "n:submitter"),
-            "view": "any",
+            **dict.fromkeys(("clone_job", "manage_job", *_FETCH), "n:submitter"),
             "operate": "o:site",
-            **dict.fromkeys(("shell_commands", "byoc", "server-predeployed-flwr"), "none"),
+            **_NOBODY,
         },
         "org_admin": {
-            "submit_job": "none",
-            "clone_job": "none",
-            **dict.fromkeys(("manage_job", "download_job"), "o:submitter"),
-            "view": "any",
+            **_LOOK,
+            **dict.fromkeys(("submit_job", "clone_job"), "none"),
+            **dict.fromkeys(("manage_job", *_FETCH), "o:submitter"),
             "operate": "o:site",
-            **dict.fromkeys(("shell_commands", "byoc", "server-predeployed-flwr"), "none"),
+            **_NOBODY,
         },
-        "member": {"view": "any"},
+        "member": _LOOK,
     },
 }
 """FLARE's roles, without custom code (BYOC) and without shell commands for anybody."""
@@ -84,6 +88,7 @@ class FedgestaltPolicyBuilder(Builder):  # type: ignore[misc]
     - jobs must be signed by their submitter; nobody may submit custom code (BYOC) or run shell
       commands; ``member`` may look, not submit;
     - every result leaves a site through our guard (``privacy.json``);
+    - a site's logs stay at the site: FLARE's log streaming is off;
     - a job process that dies at a site is that site's drop-out, not everybody's failure;
     - the server keeps jobs in its own workspace, runs one job at a time and does not wait long for
       sites that vanished;
@@ -131,6 +136,7 @@ class FedgestaltPolicyBuilder(Builder):  # type: ignore[misc]
         exports = "".join(
             f'export {name}="${{{name}:-{value}}}"\n' for name, value in SERVER_ENVIRONMENT.items()
         )
+        exports += 'mkdir -p "$NVFL_JOB_STORE_ROOT"\n'  # FLARE's scheduler ends where there is none
         text = script.read_text(encoding="utf-8")
         marker = "SECONDS=0\n"
         if text.count(marker) != 1:
@@ -148,6 +154,10 @@ class FedgestaltPolicyBuilder(Builder):  # type: ignore[misc]
         limits = _component(resources, "resource_manager")["args"]
         limits["num_of_gpus"] = site.get_prop("gpus", self._gpus)
         limits["mem_per_gpu_in_GiB"] = site.get_prop("gpu_memory_gib", self._gpu_memory)
+        resources["allow_log_streaming"] = False
+        resources["components"] = [
+            c for c in resources["components"] if c["id"] != "site_log_streamer"
+        ]
         _write(path, resources)
         _write(local / "authorization.json", AUTHORIZATION)
         _write(local / "privacy.json", PRIVACY)

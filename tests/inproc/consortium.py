@@ -36,6 +36,7 @@ from fedgestalt.cohort.layout import image_file
 from fedgestalt.federation.aggregator import ZeroSumMaskAggregator
 from fedgestalt.federation.matcher import FlakeMatcher
 from fedgestalt.federation.matching_workflow import FlakeSimilarityWorkflow
+from fedgestalt.federation.outgoing import OutgoingGuard
 from fedgestalt.federation.rounds import round_facts, with_metrics
 from fedgestalt.federation.site import SiteExecutor
 from fedgestalt.federation.trainer import EnsembleTrainer
@@ -67,10 +68,21 @@ def tiny_ensemble(seed: int = 1) -> EnsembleSpec:
     return EnsembleSpec(members=tuple(members), seed=seed)
 
 
-def tiny_silos(folder: Path, sites: Sequence[str], seed: int = 0) -> dict[str, Cohort]:
-    """Deal a small cohort: 3 frequent and 2 rare syndromes; subjects differ in their colours."""
+def tiny_silos(
+    folder: Path,
+    sites: Sequence[str],
+    seed: int = 0,
+    frequent: int = 3,
+    mislabelled: Sequence[str] = (),
+) -> dict[str, Cohort]:
+    """Deal a small cohort: some frequent and 2 rare syndromes; subjects differ in their colours.
+
+    A site that is ``mislabelled`` calls every frequent syndrome by the name of the next one.
+    """
     rng = np.random.default_rng(seed)
-    syndromes = {i: Syndrome(i, f"SYNDROME-NAME-{i}") for i in (11, 12, 13, 21, 22)}
+    classes = tuple(range(11, 11 + frequent))
+    syndromes = {i: Syndrome(i, f"SYNDROME-NAME-{i}") for i in (*classes, 21, 22)}
+    wrong = dict(zip(classes, (*classes[1:], classes[0]), strict=True))
     tints = rng.uniform(40, 215, (len(syndromes), 3))
     silos, number = {}, 0
     for site in sites:
@@ -89,7 +101,8 @@ def tiny_silos(folder: Path, sites: Sequence[str], seed: int = 0) -> dict[str, C
                     place = image_file(folder / "sources", image_id)
                     place.parent.mkdir(parents=True, exist_ok=True)
                     save_jpeg(place, pixels.astype(np.uint8))
-                    images[image_id] = ImageRecord(image_id, subject, syndrome, place)
+                    said = wrong.get(syndrome, syndrome) if site in mislabelled else syndrome
+                    images[image_id] = ImageRecord(image_id, subject, said, place)
                     parts[role].append(image_id)
         halves = parts["rare"][:2] + parts["rare"][4:6], parts["rare"][2:4] + parts["rare"][6:]
         silos[site] = Cohort(
@@ -98,7 +111,7 @@ def tiny_silos(folder: Path, sites: Sequence[str], seed: int = 0) -> dict[str, C
             root=folder / "sources",
             images=images,
             syndromes=syndromes,
-            classes=(11, 12, 13),
+            classes=classes,
             train=tuple(parts["train"]),
             frequent_test=tuple(parts["test"]),
             rare_splits=(RareSplit(*map(tuple, halves)), RareSplit(*map(tuple, halves[::-1]))),
@@ -186,17 +199,32 @@ class _Engine:
 
 @dataclass
 class Consortium:
-    """Sites with data and stores on disk; jobs run on it one after another."""
+    """Sites with data and stores on disk; jobs run on it one after another.
+
+    Attributes:
+        folder: of everything that the consortium has on disk.
+        sites: their names.
+        settings: of all sites, beside those that they need.
+        site_settings: of single sites; they win over ``settings``.
+        frequent, mislabelled: see :func:`tiny_silos`.
+        on_upload, on_download: stand between the sites and the server.
+        jobs: how many have run.
+    """
 
     folder: Path
     sites: Sequence[str] = ("berlin", "bonn", "leuven")
     settings: Mapping[str, Any] = field(default_factory=dict)
+    site_settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    frequent: int = 3
+    mislabelled: Sequence[str] = ()
     on_upload: Tamper = untouched
     on_download: Tamper = untouched
     jobs: int = 0
 
     def __post_init__(self) -> None:
-        self.silos = tiny_silos(self.folder, self.sites)
+        self.silos = tiny_silos(
+            self.folder, self.sites, frequent=self.frequent, mislabelled=self.mislabelled
+        )
 
     def store(self, site: str) -> Path:
         """The folder that only ``site`` reads and writes."""
@@ -223,18 +251,19 @@ class Consortium:
 
         def site_loop(client: Client) -> None:
             workspace = _workspace(root, client.name)
-            site_settings = {
+            own_settings = {
                 "data": str(self.folder / "hospitals" / "{site}"),
                 "store": str(self.folder / "stores" / "{site}"),
                 "threads": 1,
                 "evaluation_release": True,
                 "max_released_rows": 1000,
                 **self.settings,
+                **self.site_settings.get(client.name, {}),
             }
             local = Path(workspace.get_site_config_dir())
-            (local / "fedgestalt.yaml").write_text(yaml.safe_dump(site_settings))
+            (local / "fedgestalt.yaml").write_text(yaml.safe_dump(own_settings))
             site_engine = _Engine(client.name, clients, workspace, {})
-            executor_ = make()
+            executor_, guard = make(), OutgoingGuard()
             while not done.is_set():
                 with engine.new_context() as ctx:
                     name, task_id, data = communicator.process_task_request(client, ctx)
@@ -246,7 +275,8 @@ class Consortium:
                     run.sent.append((client.name, name, data))
                 # Sites are processes of their own elsewhere; here they share torch's random state.
                 with one_at_a_time, site_engine.new_context() as ctx:
-                    reply = executor_.execute(name, data, ctx, abort)
+                    ctx.set_prop(FLContextKey.TASK_NAME, name, private=True, sticky=False)
+                    reply = guard.process(executor_.execute(name, data, ctx, abort), ctx)
                 payload = fobs.dumps(self.on_upload(client.name, name, reply))
                 arrived = fobs.loads(payload)
                 with lock:

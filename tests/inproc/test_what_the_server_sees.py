@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -150,10 +152,11 @@ def test_the_same_label_never_looks_the_same(both_jobs: BothJobs) -> None:
 
 def test_replies_hold_nothing_but_the_agreed_fields(both_jobs: BothJobs) -> None:
     allowed = {
-        "fgm_join": {"schema", "version", "label_map", "classes", "start_model"},
+        "fgm_join": {"schema", "facts", "clock"},
         "fgm_round": {"schema", "session", "public_key"},
         "fgm_update": {"schema", "session", "words"},
-        "fgm_publish": {"schema", "digest"},
+        "fgm_publish": {"schema", "digest", "doubtful_labels"},
+        "fgm_match_start": {"schema", "facts", "clock"},
         "fgm_kernel_keys": {"schema", "session", "public_key"},
         "fgm_kernel_seal": {"schema", "boxes"},
         "fgm_encode": {"schema", "kernel", "queries", "rows", "handles", "labels"},
@@ -165,6 +168,59 @@ def test_replies_hold_nothing_but_the_agreed_fields(both_jobs: BothJobs) -> None
         assert set(message.reply["fedgestalt"]) == allowed[message.task], message.task
         others = set(message.reply) - {"fedgestalt", "__headers__"}
         assert not others, (message.task, others)
+
+
+DIGEST = r"[0-9a-f]{64}"
+VERSION = r"[0-9]+(\.[0-9]+)*([a-z0-9.+]*)"
+"""What a fact may be; nothing else has room for what a site knows about its patients."""
+
+FACTS = {
+    "fedgestalt": VERSION,
+    "nvflare": VERSION,
+    "fedgestalt code": DIGEST,
+    "plugin backbone iresnet": f"fedgestalt {VERSION} {DIGEST}",
+    "label map": DIGEST,
+}
+FACTS_OF_TRAINING = {
+    **FACTS,
+    "classes": "3",
+    "start model": DIGEST,
+    "number plan": DIGEST,
+}
+FACTS_OF_MATCHING = {
+    **FACTS,
+    "plugin matching strategy isometry": f"fedgestalt {VERSION} {DIGEST}",
+}
+
+
+@pytest.mark.parametrize(
+    ("task", "allowed"), [("fgm_join", FACTS_OF_TRAINING), ("fgm_match_start", FACTS_OF_MATCHING)]
+)
+def test_the_facts_that_a_site_states_are_names_and_digests(
+    both_jobs: BothJobs, task: str, allowed: dict[str, str]
+) -> None:
+    run = both_jobs.training if task == "fgm_join" else both_jobs.matching
+    stated = run.replies(task)
+    assert stated.keys() == set(both_jobs.consortium.sites)
+    for fields in stated.values():
+        assert fields["facts"].keys() == allowed.keys()
+        for name, value in fields["facts"].items():
+            assert re.fullmatch(allowed[name], value), name
+        assert abs(fields["clock"] / 1000 - time.time()) < 3600
+
+
+@pytest.mark.parametrize("task", ["fgm_join", "fgm_match_start"])
+def test_sites_with_different_patients_state_the_same_facts(both_jobs: BothJobs, task: str) -> None:
+    run = both_jobs.training if task == "fgm_join" else both_jobs.matching
+    first, *others = (fields["facts"] for fields in run.replies(task).values())
+    assert others == [first, first]
+
+
+def test_a_site_says_one_bit_about_its_labels(both_jobs: BothJobs) -> None:
+    replies = both_jobs.training.replies("fgm_publish")
+    assert {site: fields["doubtful_labels"] for site, fields in replies.items()} == dict.fromkeys(
+        both_jobs.consortium.sites, 0
+    )
 
 
 def test_the_kernel_seed_is_in_no_message_in_either_direction(both_jobs: BothJobs) -> None:

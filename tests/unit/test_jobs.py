@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from nvflare.apis.executor import Executor
 from nvflare.apis.impl.controller import Controller
+from nvflare.app_common.default_component_policy import DEFAULT_CLASS_ALLOW_LIST
 
 from fedgestalt.errors import ConfigError, FedgestaltError
 from fedgestalt.hooks import get_registry
@@ -42,6 +43,8 @@ common = {
     "sites": site_names.map(tuple),
     "minimum_sites": st.integers(3, 9),
     "phase_limit_seconds": st.floats(0.001, 1e6),
+    "start_limit_seconds": st.floats(0.001, 1e6),
+    "silence_limit_seconds": st.floats(10, 1e6),
 }
 training = st.builds(
     TrainingSpec,
@@ -68,6 +71,7 @@ jobs = st.builds(
     ensemble=ensembles,
     rounds=st.integers(1, 10_000),
     max_images_per_site=st.integers(2, 10**6),
+    max_update_norm=st.floats(0.001, 1e6),
     **common,
 ) | st.builds(
     MatchingJob,
@@ -160,12 +164,13 @@ def test_every_template_has_a_folder_with_a_readme_and_every_folder_a_template()
 # --- what FLARE reads ----------------------------------------------------------------------------
 
 
-def test_every_component_is_ours_and_can_be_imported(folder: Path) -> None:
+def test_every_component_is_ours_or_allowed_by_flare_and_can_be_imported(folder: Path) -> None:
     found = list(components(folder))
     assert len(found) >= 2
     for component in found:
         module, _, name = component["path"].rpartition(".")
-        assert module.startswith("fedgestalt.")
+        ours = module.startswith("fedgestalt.")
+        assert ours or component["path"] in DEFAULT_CLASS_ALLOW_LIST
         assert isinstance(getattr(importlib.import_module(module), name), type)
 
 

@@ -16,6 +16,7 @@ from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
 from fedgestalt.errors import FedgestaltError, PeerError, ServerError
+from fedgestalt.federation.matching_messages import OfferKeys
 from fedgestalt.messages import (
     Message,
     array,
@@ -26,7 +27,9 @@ from fedgestalt.messages import (
     octets,
     octets_by_site,
     several,
+    size_of,
     text,
+    texts_by_name,
 )
 
 
@@ -261,6 +264,7 @@ MODULES = (
     "fedgestalt.similarity.kernel",
     "fedgestalt.federation.training_messages",
     "fedgestalt.federation.matching_messages",
+    "fedgestalt.federation.handshake",
 )
 
 
@@ -288,7 +292,84 @@ def test_every_message_has_a_versioned_schema_of_its_own() -> None:
 
 @pytest.mark.parametrize("kind", real_messages(), ids=lambda kind: kind.__name__)
 def test_every_message_refuses_junk_in_each_of_its_fields(kind: type[Message]) -> None:
+    for field in dataclasses.fields(kind):  # type: ignore[arg-type]
+        assert field.metadata["check"](object()), field.name
+
+
+@pytest.mark.parametrize("kind", real_messages(), ids=lambda kind: kind.__name__)
+def test_every_message_refuses_a_field_that_is_not_its_own(kind: type[Message]) -> None:
     names = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
-    fields: dict[str, object] = {"schema": kind.schema} | dict.fromkeys(names, object())
-    with pytest.raises(Chosen, match="field"):
+    fields: dict[str, object] = {"schema": kind.schema} | dict.fromkeys([*names, "x"], object())
+    with pytest.raises(Chosen, match="missing or unknown field 'x'"):
         kind.from_fields(fields, Chosen)
+
+
+def test_offering_keys_takes_no_field() -> None:
+    schema = OfferKeys.schema
+    assert OfferKeys().to_fields() == {"schema": schema}
+    assert OfferKeys.from_fields({"schema": schema}, Chosen) == OfferKeys()
+
+
+# --- texts by name, and sizes --------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Facts(Message):
+    """Some facts."""
+
+    schema: ClassVar[str] = "test.facts/1"
+    facts: Mapping[str, str] = texts_by_name(limit=5, count=2)
+
+
+@pytest.mark.parametrize("facts", [{}, {"a": "x"}, {"abcde": "vwxyz", "b": "Ärger"}])
+def test_short_texts_by_name_pass(facts: dict[str, str]) -> None:
+    message = Facts.from_fields({"schema": Facts.schema, "facts": facts}, Chosen)
+    assert message.facts == facts
+
+
+@pytest.mark.parametrize(
+    ("facts", "says"),
+    [
+        ({"a": "x", "b": "y", "c": "z"}, "3 entries, more than 2"),
+        ({"a": "abcdef"}, "empty, long or unprintable"),
+        ({"abcdef": "a"}, "empty, long or unprintable"),
+        ({"a": ""}, "empty, long or unprintable"),
+        ({"": "a"}, "empty, long or unprintable"),
+        ({"a": "\x1b[31m"}, "empty, long or unprintable"),
+        ({"a": b"x"}, "bytes, not text"),
+        ({"a": 1}, "int, not text"),
+        ({1: "a"}, "int, not text"),
+        ({"a": {"b": "c"}}, "dict, not text"),
+        ([("a", "b")], "list, not a mapping"),
+        ("a", "str, not a mapping"),
+    ],
+)
+def test_other_texts_by_name_are_refused(facts: object, says: str) -> None:
+    with pytest.raises(Chosen, match="field 'facts'") as refusal:
+        Facts.from_fields({"schema": Facts.schema, "facts": facts}, Chosen)
+    assert says in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("value", "size"),
+    [
+        (np.zeros((3, 5), np.float32), 60),
+        (np.zeros(7, np.uint8), 7),
+        (np.zeros((0, 4)), 0),
+        (b"abc", 3),
+        ("abcd", 4),
+        ("", 0),
+        (5, 8),
+        (None, 8),
+        ({}, 0),
+        ({"ab": b"cde", "f": {"g": 1}}, 2 + 3 + 1 + 1 + 8),
+        (("ab", ["c", b"d"]), 4),
+    ],
+)
+def test_the_size_of_a_message_is_that_of_its_content(value: object, size: int) -> None:
+    assert size_of(value) == size
+
+
+def test_the_size_of_a_whole_message_counts_names_and_values() -> None:
+    fields = Facts({"a": "xy"}).to_fields()
+    assert size_of(fields) == len("schema" + "test.facts/1" + "facts" + "a" + "xy")

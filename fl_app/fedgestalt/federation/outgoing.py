@@ -1,9 +1,9 @@
 """The last gate at a site: what leaves it is one of our messages, and is written down.
 
-A privacy filter of FLARE (``local/privacy.json``), outside the reach of any job. It reads no
-values: it checks that a result is a message that this version sends in that task, and appends a
-line to ``sent.jsonl`` in the site's store, for the site's own records. Results of tasks of other
-software pass: these can only be what the site's class allow list lets in.
+A privacy filter of FLARE (``local/privacy.json``), outside the reach of any job. It checks that a
+result is a message that this version sends in that task, field by field, or a sentence about a
+fault, and appends a line to ``sent.jsonl`` in the site's store, for the site's own records. Results
+of tasks of other software pass: these can only be what the site's class allow list lets in.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from nvflare.apis.shareable import ReservedHeaderKey, Shareable
 from fedgestalt.errors import ConfigError, SiteError
 from fedgestalt.federation.settings import read_settings
 from fedgestalt.federation.tasks import ANSWERS, TASK_PREFIX
-from fedgestalt.federation.wire import BODY, FAULT, body, fault_reply
+from fedgestalt.federation.wire import BODY, FAULT, FAULT_LIMIT, body, fault_reply
 from fedgestalt.messages import size_of
 
 SENT_FILE = "sent.jsonl"
@@ -53,13 +53,15 @@ class OutgoingGuard(Filter):
         if extra:
             raise SiteError("its outgoing guard stopped a result with parts that are no message")
         if shareable.get_return_code() not in (None, ReturnCode.OK):
-            return {"message": "fault", "bytes": len(str(shareable.get(FAULT, "")))}
-        fields = body(shareable)
-        schema = fields.get("schema") if isinstance(fields, Mapping) else None
+            said = shareable.get(FAULT, "")
+            if BODY in shareable or not isinstance(said, str) or len(said) > FAULT_LIMIT:
+                raise SiteError("its outgoing guard stopped a fault that is more than a sentence")
+            return {"message": "fault", "bytes": size_of(said)}
         answer = ANSWERS.get(task)
-        if not isinstance(fields, Mapping) or answer is None or schema != answer.schema:
+        if answer is None or FAULT in shareable:
             raise SiteError(f"its outgoing guard stopped a result that is no answer to {task}")
-        return {"message": schema, "bytes": size_of(fields)}
+        fields = answer.from_fields(body(shareable), _stopped).to_fields()
+        return {"message": answer.schema, "bytes": size_of(fields)}
 
     def _record(self, task: str, sent: Mapping[str, Any], fl_ctx: FLContext) -> None:
         workspace = fl_ctx.get_prop(FLContextKey.WORKSPACE_OBJECT)
@@ -70,3 +72,7 @@ class OutgoingGuard(Filter):
         line = {"time": round(time.time(), 2), "job": fl_ctx.get_job_id(), "task": task, **sent}
         with (store / SENT_FILE).open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+
+
+def _stopped(what: str) -> SiteError:
+    return SiteError(f"its outgoing guard stopped a result: {what}")

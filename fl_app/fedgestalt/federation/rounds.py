@@ -25,6 +25,14 @@ METRICS = "metrics/"
 """Prefix of the tensors of metrics that are summed under the masks with the update."""
 
 METRIC_NAMES = ("loss", "accuracy", "agreement")
+OWN_UPDATE = "this site's update"
+"""For :func:`check_update_norm`, before the site masks it."""
+
+_ITS_OWN = "its training has diverged: lower the learning rate, and check the site's images"
+_SOMEBODYS = (
+    "a site's training has diverged or a site is faulty, and under the masks nobody can tell which:"
+    " lower the learning rate, or run the job without one site at a time to find it"
+)
 _STATISTICS = ("running_mean", "running_second_moment")
 _METRICS_RANGE = 16.0
 _MARGIN = 2.0
@@ -80,8 +88,7 @@ def check_update_norm(update: SharedState, state: SharedState, bound: float, who
         ratio = math.sqrt(squares["update"] / max(squares["model"], 1e-30))
         raise SiteError(
             f"{whose} is {ratio:.3g} times as large as the model, at most {bound:.3g} is allowed",
-            remedy="a site's training has diverged or a site is faulty: lower the learning rate,"
-            " or run the job without one site at a time to find it",
+            remedy=_ITS_OWN if whose == OWN_UPDATE else _SOMEBODYS,
         )
 
 

@@ -6,21 +6,18 @@ the same job folders on provisioned servers and sites.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
-import psutil
 import yaml
 from nvflare.app_common.default_component_policy import DEFAULT_CLASS_ALLOW_LIST
 
 from fedgestalt.errors import SiteError
+from fedgestalt.federation.processes import ProcessFamily
 from fedgestalt.federation.progress import OUTCOME_FILE, PROGRESS_FILE
 from fedgestalt.federation.settings import FILE_NAME, SiteSettings
 
@@ -29,7 +26,7 @@ OnEvent = Callable[[str, dict[str, Any]], None]
 
 _RUN = "simulate_job"
 _POLL_SECONDS = 0.2
-_GRACE_SECONDS, _END_SECONDS = 1.5, 5.0
+_GRACE_SECONDS = 1.5
 
 
 def run_simulated_job(
@@ -63,7 +60,11 @@ def run_simulated_job(
     parties = ("server", *sites)
     tails = {p: _tail(workspace / p / _RUN / PROGRESS_FILE) for p in parties}
     ended_at = float("inf")
-    with _Simulator(job, workspace, sites, log) as simulator:
+    module = "nvflare.private.fed.app.simulator.simulator"
+    command = [sys.executable, "-m", module, str(job), "-w", str(workspace)]
+    command += ["-c", ",".join(sites), "-t", str(len(sites))]
+    simulator = ProcessFamily(command, workspace.parent, log, {"OMP_NUM_THREADS": "1"})
+    try:
         while simulator.is_running():
             _forward(tails, on_event)
             if outcome_file.exists():
@@ -71,6 +72,8 @@ def run_simulated_job(
                 if time.monotonic() - ended_at > _GRACE_SECONDS:
                     break
             time.sleep(_POLL_SECONDS)
+    finally:
+        simulator.end()
     _forward(tails, on_event)
     if not outcome_file.exists():
         raise SiteError(
@@ -87,52 +90,6 @@ def run_simulated_job(
 def run_folder(workspace: Path, party: str = "server") -> Path:
     """A party's run folder after :func:`run_simulated_job`."""
     return workspace / party / _RUN
-
-
-class _Simulator:
-    """The simulator and every process it started, ended with this context whatever happens.
-
-    Its sites are processes in sessions of their own, so that a signal to one group would not reach
-    them: they are remembered one by one.
-    """
-
-    def __init__(self, job: Path, workspace: Path, sites: Sequence[str], log: Path) -> None:
-        module = "nvflare.private.fed.app.simulator.simulator"
-        self._command = [sys.executable, "-m", module, str(job), "-w", str(workspace)]
-        self._command += ["-c", ",".join(sites), "-t", str(len(sites))]
-        self._folder, self._log = workspace.parent, log
-        self._family: dict[int, psutil.Process] = {}
-
-    def __enter__(self) -> Self:
-        environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1"}
-        with self._log.open("wb") as output:
-            self._process = subprocess.Popen(  # noqa: S603  our own interpreter and paths
-                self._command,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                cwd=self._folder,
-                start_new_session=True,
-            )
-        return self
-
-    def is_running(self) -> bool:
-        """Whether it has not ended; also looks for processes that it has started since."""
-        with contextlib.suppress(psutil.Error):
-            parent = psutil.Process(self._process.pid)
-            self._family |= {p.pid: p for p in (parent, *parent.children(recursive=True))}
-        return self._process.poll() is None
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.is_running()
-        family = list(self._family.values())
-        for end in (psutil.Process.terminate, psutil.Process.kill):
-            for process in family:
-                with contextlib.suppress(psutil.Error):
-                    end(process)
-            _, family = psutil.wait_procs(family, timeout=_END_SECONDS)
-        self._process.wait()
 
 
 def _tail(path: Path) -> Iterator[list[dict[str, Any]]]:

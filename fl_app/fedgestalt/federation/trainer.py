@@ -13,6 +13,7 @@ from fedgestalt.errors import ServerError
 from fedgestalt.federation import tasks
 from fedgestalt.federation.handshake import Present, present
 from fedgestalt.federation.rounds import (
+    OWN_UPDATE,
     check_update_norm,
     round_facts,
     training_facts,
@@ -113,7 +114,7 @@ class EnsembleTrainer(SiteExecutor):
             self.counter(member)(done, total)
 
         new, metrics = trainer.run_round(start.state, start.round, progress)
-        update = self._check_step(new, "this site's update")
+        update = self._check_step(new, OWN_UPDATE)
         self._agreement = {name: m.agreement for name, m in metrics.items()}
         words = self._plan.encode(with_metrics(update, metrics), len(trainer.data.targets))
         return session.mask(keys, words)

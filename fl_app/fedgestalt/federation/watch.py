@@ -7,11 +7,14 @@ how many images a hospital has is not the server's business.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
+
+log = logging.getLogger(__name__)
 
 PING: Final = "fgm.ping"
 PING_SECONDS: Final = 2.0
@@ -73,22 +76,31 @@ class SiteWatch:
 
     def _run(self) -> None:
         while not self._end.wait(PING_SECONDS):
-            self.step()
+            try:
+                self.step()
+            except Exception:  # a failed question must not make every site look silent
+                log.exception("the sites could not be asked whether they are alive")
 
     def step(self) -> None:
         """Ask once."""
         for site, answer in self._ask().items():
             if isinstance(answer, Mapping):
                 what, fraction = answer.get("what"), answer.get("fraction")
-                good = isinstance(what, str) and isinstance(fraction, int | float)
-                self.heard(site, str(what)[:64] if good else "", float(fraction) if good else 0.0)  # type: ignore[arg-type]
+                if (
+                    isinstance(what, str)
+                    and what.isprintable()
+                    and isinstance(fraction, int | float)
+                ):
+                    self.heard(site, what[:64], fraction)
+                else:
+                    self.heard(site, "", 0.0)
 
     def heard(self, site: str, what: str | None = None, fraction: float = 0.0) -> None:
         """Note a sign of life; an answer to a task is one as well."""
         with self._lock:
             self._heard[site] = self._clock()
             if what is not None:
-                self._work[site] = (what, min(1.0, max(0.0, fraction)))
+                self._work[site] = (what, float(min(1.0, max(0.0, fraction))))
 
     def lost(self, sites: Iterable[str]) -> dict[str, str]:
         """Those of ``sites`` that have been silent for too long, with a sentence for each."""

@@ -21,7 +21,7 @@ from fedgestalt.messages import Message
 BODY: Final = "fedgestalt"
 FAULT: Final = "fedgestalt.fault"
 _SAFE_TO_REPORT = (SiteError, PeerError, ServerError, PlanError, PluginError)
-_FAULT_LIMIT = 500
+FAULT_LIMIT: Final = 500
 
 
 def to_shareable(message: Message) -> Shareable:
@@ -50,7 +50,7 @@ def fault_reply(error: Exception) -> Shareable:
     else:
         what = f"unexpected {type(error).__name__}; its own log says more."
     reply = make_reply(ReturnCode.EXECUTION_EXCEPTION)
-    reply[FAULT] = what[:_FAULT_LIMIT]
+    reply[FAULT] = what[:FAULT_LIMIT]
     return reply
 
 
@@ -60,4 +60,4 @@ def fault_of(reply: Shareable) -> str:
     if code in (None, ReturnCode.OK):
         return ""
     said = reply.get(FAULT)
-    return said[:_FAULT_LIMIT] if isinstance(said, str) else f"FLARE return code {code}."
+    return said[:FAULT_LIMIT] if isinstance(said, str) else f"FLARE return code {code}."

@@ -10,8 +10,12 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedgestalt.errors import ConfigError
-from fedgestalt.federation.settings import FILE_NAME, SiteSettings, read_settings
+from fedgestalt.errors import ConfigError, SiteError
+from fedgestalt.federation.settings import ALL_ROWS, FILE_NAME, SiteSettings, read_settings
+from fedgestalt.hooks import get_registry
+from fedgestalt.jobs import JOBS
+from fedgestalt.learning.ensemble import weight_licences
+from fedgestalt.learning.spec import default_ensemble
 
 SMALL = {"data": "/cohorts/{site}", "store": "/var/{site}/store"}
 
@@ -37,17 +41,26 @@ def test_defaults_are_careful(local: Path) -> None:
     assert settings.minimum_sites == 3
     assert not settings.evaluation_release
     assert settings.device == "auto"
+    assert settings.max_released_rows == 200
+    assert not any("NC" in licence for licence in settings.weight_licences)
 
 
 def test_all_settings_are_read(local: Path) -> None:
     content: dict[str, Any] = SMALL | {
         "device": "cpu",
         "threads": 2,
+        "jobs": ["match"],
+        "partners": ["bonn", "leuven"],
+        "excluded_sites": ["berlin"],
         "minimum_sites": 5,
+        "strategies": ["isometry"],
+        "weight_licences": ["MIT"],
         "max_released_rows": 10,
         "evaluation_release": True,
+        "max_update_norm": 2.5,
     }
-    assert read_settings(write(local, content)).model_dump() == content
+    assert content.keys() == SiteSettings.model_fields.keys()
+    assert read_settings(write(local, content)).model_dump(mode="json") == content
 
 
 def test_site_in_a_path_stands_for_the_name_of_the_site() -> None:
@@ -91,6 +104,13 @@ def test_an_unknown_key_names_the_nearest_known_one(local: Path) -> None:
         ("device", "tpu"),
         ("data", 5),
         ("evaluation_release", "perhaps"),
+        ("jobs", "match"),
+        ("partners", [1]),
+        ("excluded_sites", "bonn"),
+        ("strategies", {"isometry": True}),
+        ("weight_licences", "MIT"),
+        ("max_update_norm", 0),
+        ("max_update_norm", -1),
     ],
 )
 def test_a_wrong_value_names_its_key(local: Path, key: str, value: object) -> None:
@@ -124,3 +144,135 @@ def test_a_file_that_is_not_utf_8_is_refused(local: Path) -> None:
 def test_yaml_cannot_make_python_objects(local: Path) -> None:
     with pytest.raises(ConfigError, match="is not YAML"):
         read_settings(write(local, "data: !!python/object/apply:os.getcwd []\nstore: x\n"))
+
+
+# --- policy --------------------------------------------------------------------------------------
+
+
+def policy(**changes: Any) -> SiteSettings:
+    return SiteSettings(**SMALL, **changes)
+
+
+def refusal(fault: pytest.ExceptionInfo[SiteError], key: str) -> str:
+    """What a site says; the remedy always names the key and its file."""
+    assert (
+        fault.value.remedy == f"change the job, or ask the site to change {key} in its {FILE_NAME}"
+    )
+    return fault.value.what
+
+
+@pytest.mark.parametrize("template", JOBS)
+def test_a_site_takes_part_in_every_kind_of_job_unless_it_says_otherwise(template: str) -> None:
+    policy().check_job(template)
+
+
+def test_a_site_takes_part_in_no_kind_of_job_that_it_does_not_list() -> None:
+    policy(jobs=("match",)).check_job("match")
+    with pytest.raises(SiteError) as fault:
+        policy(jobs=("match",)).check_job("train_ensemble")
+    said = refusal(fault, "jobs")
+    assert said == "this site does not take part in jobs of the kind 'train_ensemble'"
+
+
+def test_without_a_list_any_site_is_a_partner() -> None:
+    policy().check_roster("bonn", ("bonn", "ulm", "kiel"))
+
+
+def test_a_site_works_with_its_partners_and_need_not_list_itself() -> None:
+    policy(partners=("ulm", "kiel", "essen")).check_roster("bonn", ("bonn", "ulm", "kiel"))
+
+
+def test_all_strangers_are_named() -> None:
+    with pytest.raises(SiteError) as fault:
+        policy(partners=("ulm",)).check_roster("bonn", ("ulm", "kiel", "bonn", "essen"))
+    assert refusal(fault, "partners") == "this site does not work with essen, kiel"
+
+
+def test_a_site_does_not_work_with_one_that_it_excludes() -> None:
+    careful = policy(excluded_sites=("kiel", "mainz"))
+    careful.check_roster("bonn", ("bonn", "ulm", "essen"))
+    with pytest.raises(SiteError) as fault:
+        careful.check_roster("bonn", ("bonn", "ulm", "kiel"))
+    assert refusal(fault, "excluded_sites") == "this site does not work with kiel"
+
+
+def test_a_partner_that_is_excluded_stays_excluded() -> None:
+    with pytest.raises(SiteError) as fault:
+        policy(partners=("ulm", "kiel"), excluded_sites=("kiel",)).check_roster(
+            "bonn", ("bonn", "ulm", "kiel")
+        )
+    refusal(fault, "excluded_sites")
+
+
+@pytest.mark.parametrize("roster", [("bonn", "ulm"), ("bonn", "ulm", "ulm")])
+def test_a_site_counts_every_site_once_and_itself(roster: tuple[str, ...]) -> None:
+    with pytest.raises(SiteError) as fault:
+        policy().check_roster("bonn", roster)
+    said = refusal(fault, "minimum_sites")
+    assert "takes part with 3 sites or more, the job has 2" in said
+
+
+def test_exactly_the_fewest_sites_are_enough() -> None:
+    sites = ("bonn", "ulm", "kiel", "essen")
+    policy(minimum_sites=4).check_roster("bonn", sites)
+    with pytest.raises(SiteError, match="with 5 sites or more, the job has 4"):
+        policy(minimum_sites=5).check_roster("bonn", sites)
+
+
+def test_without_a_list_any_strategy_will_do() -> None:
+    policy().check_strategy("anything")
+
+
+def test_a_strategy_that_is_not_listed_is_refused() -> None:
+    policy(strategies=("isometry",)).check_strategy("isometry")
+    with pytest.raises(SiteError) as fault:
+        policy(strategies=("isometry",)).check_strategy("plain")
+    assert refusal(fault, "strategies") == "this site does not take part in matching by 'plain'"
+
+
+@pytest.mark.parametrize("rows", [1, 200])
+def test_as_many_rows_as_allowed_are_released(rows: int) -> None:
+    policy().check_release(rows)
+
+
+def test_one_row_more_is_refused() -> None:
+    with pytest.raises(SiteError) as fault:
+        policy().check_release(201)
+    said = refusal(fault, "max_released_rows")
+    assert said == "this site releases 200 rows per query, the job asks for 201"
+
+
+def test_an_evaluation_needs_the_sites_word() -> None:
+    policy(evaluation_release=True, max_released_rows=1).check_release(ALL_ROWS)
+    with pytest.raises(SiteError) as fault:
+        policy().check_release(ALL_ROWS)
+    assert "releases no scores of all images" in refusal(fault, "evaluation_release")
+
+
+def test_consent_to_evaluations_does_not_raise_the_cap_of_other_jobs() -> None:
+    with pytest.raises(SiteError, match="releases 200 rows per query"):
+        policy(evaluation_release=True).check_release(201)
+
+
+def test_random_weights_need_no_licence() -> None:
+    policy(weight_licences=()).check_licences({"scratch": "", "other": ""})
+
+
+def test_weights_under_a_licence_that_is_not_listed_are_refused_with_their_member() -> None:
+    licences = {"scratch": "", "original": "MIT", "arcface": "CC-BY-NC-4.0"}
+    policy(weight_licences=("MIT", "CC-BY-NC-4.0")).check_licences(licences)
+    with pytest.raises(SiteError) as fault:
+        policy().check_licences(licences)
+    said = refusal(fault, "weight_licences")
+    assert said == "this site may not use weights under CC-BY-NC-4.0 (ensemble member 'arcface')"
+
+
+def test_the_weights_of_the_default_job_may_be_used_by_default() -> None:
+    policy().check_licences(weight_licences(default_ensemble(), get_registry()))
+
+
+def test_without_any_licence_the_default_job_is_refused() -> None:
+    with pytest.raises(SiteError, match=r"may not use weights under Apache-2\.0"):
+        policy(weight_licences=()).check_licences(
+            weight_licences(default_ensemble(), get_registry())
+        )
