@@ -322,6 +322,79 @@ def job_explain(folder: Path, as_json: bool) -> None:
     click.echo(RESEARCH_USE_ONLY)
 
 
+@job.command("watch")
+@click.argument("kit", type=click.Path(path_type=Path))
+@click.argument("job_id")
+@click.option(
+    "--download",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Keep the job's result in this folder.",
+)
+@_json_option
+def job_watch(kit: Path, job_id: str, download: Path | None, as_json: bool) -> None:
+    """Follow the job JOB_ID to its end, with the administrator's startup KIT."""
+    import tempfile
+
+    from rich.console import Console
+
+    from fedgestalt.federation.admin import AdminSession, read_outcome
+    from fedgestalt.federation.view import JobView
+
+    with AdminSession(kit) as session, tempfile.TemporaryDirectory() as scratch:
+        wanted = session.wanted_sites(job_id)
+        console = Console(stderr=True, highlight=False)
+        with JobView(job_id, console, wanted) as view:
+            status = session.watch(
+                job_id, lambda now, report: view.show(now, report, session.connected_sites())
+            )
+        result = session.download(job_id, download or Path(scratch))
+        outcome = read_outcome(result)
+    said = {"job": job_id, "flare_status": status, **outcome}
+    done = outcome.get("status") == "completed"
+    if as_json:
+        _as_json(said | ({"result": str(result)} if download else {}))
+    else:
+        _tell_outcome(said, result if download else None)
+    if not done:
+        sys.exit(WORK_FAILED)
+
+
+def _tell_outcome(said: dict[str, Any], result: Path | None) -> None:
+    state = said.get("status", "ended without an outcome")
+    click.echo(f"job {said['job']}: {state} ({said['flare_status']})")
+    if "reason" in said:
+        click.echo(f"reason: {said['reason']}")
+    for warning in said.get("warnings", ()):
+        click.echo(f"warning: {warning}")
+    if "ensemble" in said:
+        click.echo(f"ensemble: {said['ensemble']}")
+    if "kernel" in said:
+        click.echo(f"kernel: {said['kernel']}; the ranks lie at the sites")
+    if result:
+        click.echo(f"result: {result}")
+    click.echo(RESEARCH_USE_ONLY)
+
+
+@main.command()
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("build/consortium"),
+    show_default=True,
+    help="Folder for kits, data and results; it is made anew.",
+)
+@click.option("--rounds", default=2, show_default=True, help="Rounds of each training job.")
+def consortium(out: Path, rounds: int) -> None:
+    """Rehearse a real consortium on this machine: provision, train, match, add a hospital."""
+    from fedgestalt.console import Steps
+    from fedgestalt.demo.consortium import rehearse
+
+    steps = Steps()
+    for line in rehearse(out, rounds, steps):
+        steps.say(line)
+    steps.say(f"\n[bold]{out}[/bold] holds kits, jobs and results. {RESEARCH_USE_ONLY}")
+
+
 @main.command()
 def version() -> None:
     """Print the version."""

@@ -1,4 +1,4 @@
-"""Provisioned consortia for tests: real kits, real processes, mutual TLS, tiny data and networks."""
+"""Provisioned consortia for tests: real kits and processes, mutual TLS, tiny data and networks."""
 
 from __future__ import annotations
 

@@ -37,6 +37,9 @@ from fedgestalt.doctor.kit import Endpoint, Kit, common_name
 SECONDS: Final = 5.0
 """To wait for each answer of the network."""
 
+_PATIENCE: Final = 1.0
+"""To wait for a server that speaks first, as gRPC's does."""
+
 _CUSTOM_ROOT: Final = "customRootCA.pem"
 _FIREWALL: Final = "ask the network team to open this port outwards"
 _INSPECTION: Final = (
@@ -242,11 +245,7 @@ def _answer(stream: ssl.SSLSocket, endpoint: Endpoint) -> Check:
         what = "a server of this consortium answers, but not in gRPC (it chose no HTTP/2)"
         return problem("network.accepted", what, _ASK)
     try:
-        if endpoint.speaks_grpc:
-            stream.sendall(_PREFACE)
-        else:
-            stream.settimeout(1.0)
-        said = stream.recv(_FRAME_HEAD)
+        said = _first_words(stream, endpoint)
     except TimeoutError:
         if not endpoint.speaks_grpc:
             return ok("network.accepted", "the server takes our certificate")
@@ -255,9 +254,10 @@ def _answer(stream: ssl.SSLSocket, endpoint: Endpoint) -> Check:
     except ssl.SSLError as error:
         if _refuses_us(error):
             return _refused(f"TLS alert {_alert(error)}")
-        return problem(
-            "network.accepted", f"the server ends the connection ({_alert(error)})", _ASK
-        )
+        if not isinstance(error, ssl.SSLEOFError):
+            what = f"the server ends the connection ({_alert(error)})"
+            return problem("network.accepted", what, _ASK)
+        said = b""
     except OSError:
         said = b""
     if not said:
@@ -265,6 +265,19 @@ def _answer(stream: ssl.SSLSocket, endpoint: Endpoint) -> Check:
     if endpoint.speaks_grpc and (len(said) < 4 or said[3] != _SETTINGS):
         return problem("network.accepted", "TLS works, but what answers is no gRPC server", _ASK)
     return ok("network.accepted", "the server takes our certificate and answers")
+
+
+def _first_words(stream: ssl.SSLSocket, endpoint: Endpoint) -> bytes:
+    """What the server says first; a greeting of ours could cost us the reason of a refusal."""
+    stream.settimeout(_PATIENCE)
+    try:
+        return stream.recv(_FRAME_HEAD)
+    except TimeoutError:
+        if not endpoint.speaks_grpc:
+            raise
+    stream.settimeout(SECONDS)
+    stream.sendall(_PREFACE)
+    return stream.recv(_FRAME_HEAD)
 
 
 def _refused(how: str) -> Check:

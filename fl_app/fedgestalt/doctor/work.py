@@ -14,12 +14,11 @@ import torch
 
 from fedgestalt.cohort import Cohort
 from fedgestalt.contracts import FACE_SIZE
-from fedgestalt.federation.rounds import metric_names
+from fedgestalt.federation.rounds import exponents_of, first_ranges, round_facts
 from fedgestalt.jobs import TrainingJob
 from fedgestalt.learning.augment import TEST_VARIANTS
 from fedgestalt.learning.device import trunk_dtype
 from fedgestalt.learning.ensemble import Ensemble, read_shared_state
-from fedgestalt.secagg import NumberPlan, TensorPlan
 
 PROCESS_BYTES: Final = 900 << 20
 """A job's process with torch, FLARE and a small ensemble; measured 0.7 GiB with the default one."""
@@ -77,10 +76,16 @@ def work_of(job: TrainingJob, ensemble: Ensemble, cohort: Cohort, device: torch.
     """The sizes of ``job``, and of matching with its ensemble, for the images of ``cohort``."""
     images, training = len(cohort.images), len(cohort.train)
     state = read_shared_state(ensemble)
-    shapes = {name: values.shape for name, values in state.items()}
-    shapes |= dict.fromkeys(metric_names(ensemble.spec), (2,))
-    tensors = tuple(TensorPlan(name, shape, 0) for name, shape in sorted(shapes.items()))
-    plan = NumberPlan(job.minimum_sites, job.max_images_per_site, tensors)
+    round_ = round_facts(
+        job="",
+        attempt=1,
+        round_number=1,
+        state=state,
+        exponents=exponents_of(first_ranges(state, ensemble.spec)),
+        max_weight=job.max_images_per_site,
+        roster=tuple(f"site-{number}" for number in range(job.minimum_sites)),
+        spec=ensemble.spec,
+    )
     values = sum(int(array.size) for array in state.values())
     item = trunk_dtype(device).itemsize
     frozen = [member for member in ensemble.members if member.trunk_is_frozen]
@@ -95,7 +100,7 @@ def work_of(job: TrainingJob, ensemble: Ensemble, cohort: Cohort, device: torch.
         images=images,
         training_images=training,
         values=values,
-        words=plan.words,
+        words=round_.plan.words,
         feature_bytes=item * (training * to_train + images * to_encode),
         model_bytes=4 * values,
         memory_bytes=PROCESS_BYTES + fixed + _STATES * 4 * values + copies * _FACE_BYTES,

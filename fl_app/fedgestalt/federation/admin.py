@@ -95,6 +95,16 @@ class AdminSession:
         with _flare_errors(self.server):
             return dict(self._session.get_job_meta(job))
 
+    def wanted_sites(self, job: str) -> tuple[str, ...]:
+        """Sites that a job names; empty if it takes whoever is connected."""
+        deployed = self.meta(job).get("deploy_map", {})
+        names = {
+            target if isinstance(target, str) else str(target)
+            for targets in (deployed.values() if isinstance(deployed, dict) else ())
+            for target in (targets if isinstance(targets, list) else ())
+        }
+        return tuple(sorted(names - {"server", "@ALL"}))
+
     def jobs(self) -> list[dict[str, Any]]:
         """What FLARE knows about all jobs, newest first."""
         with _flare_errors(self.server):

@@ -29,3 +29,16 @@ ANSWERS: Final[Mapping[str, type[Message]]] = {
     ENCODE: MaskedRows,
     RANK: Ranked,
 }
+
+PHASES: Final[Mapping[str, str]] = {
+    JOIN: "the sites say what they would work with",
+    ROUND: "the sites exchange mask keys",
+    UPDATE: "the sites train",
+    PUBLISH: "the sites store the model",
+    START: "the sites say what they would work with",
+    KEYS: "the sites agree on a kernel",
+    SEAL: "the sites agree on a kernel",
+    ENCODE: "the sites encode their patients",
+    RANK: "the sites rank their patients",
+}
+"""What each task is about, for people."""
