@@ -348,7 +348,7 @@ def job_watch(kit: Path, job_id: str, download: Path | None, as_json: bool) -> N
                 job_id, lambda now, report: view.show(now, report, session.connected_sites())
             )
         result = session.download(job_id, download or Path(scratch))
-        outcome = read_outcome(result)
+        outcome = read_outcome(result) or {"reason": session.reason(job_id, result)}
     said = {"job": job_id, "flare_status": status, **outcome}
     done = outcome.get("status") == "completed"
     if as_json:
@@ -362,7 +362,7 @@ def job_watch(kit: Path, job_id: str, download: Path | None, as_json: bool) -> N
 def _tell_outcome(said: dict[str, Any], result: Path | None) -> None:
     state = said.get("status", "ended without an outcome")
     click.echo(f"job {said['job']}: {state} ({said['flare_status']})")
-    if "reason" in said:
+    if said.get("reason"):
         click.echo(f"reason: {said['reason']}")
     for warning in said.get("warnings", ()):
         click.echo(f"warning: {warning}")

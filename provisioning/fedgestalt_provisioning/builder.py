@@ -72,6 +72,20 @@ SERVER_ENVIRONMENT: Final[Mapping[str, str]] = {
 }
 """A vanished site does not keep a job open; jobs and results stay in the server's own folder."""
 
+REVOCATION: Final[Mapping[str, Any]] = {
+    "id": "revoked_certificates",
+    "path": "fedgestalt.federation.revocation.RevokedCertificates",
+    "args": {},
+}
+"""The server's component that refuses the certificates in ``local/revoked.txt``."""
+
+REVOKED_FILE: Final = "revoked.txt"
+_REVOKED: Final = """\
+# Certificates that this server does not accept any more: one SHA-256 fingerprint a line, as
+# `openssl x509 -fingerprint -sha256 -noout -in client.crt` prints it. Text after a # is a remark.
+# A new line takes effect within seconds, without a restart. docs/how-to/grow-and-shrink.md
+"""
+
 POLICY_FILE: Final = "fedgestalt.yaml"
 _POLICY: Final = """\
 # What this site decides for itself; no job can override it. Every key, its meaning and its default:
@@ -92,6 +106,7 @@ class FedgestaltPolicyBuilder(Builder):  # type: ignore[misc]
     - a job process that dies at a site is that site's drop-out, not everybody's failure;
     - the server keeps jobs in its own workspace, runs one job at a time and does not wait long for
       sites that vanished;
+    - the server refuses revoked certificates (``local/revoked.txt``);
     - ``local/fedgestalt.yaml``: the site's own policy.
 
     Args:
@@ -128,8 +143,12 @@ class FedgestaltPolicyBuilder(Builder):  # type: ignore[misc]
         resources, path = _read(ctx.get_local_dir(server), "resources.json.default")
         _allow_our_classes(resources)
         _component(resources, "job_scheduler")["args"]["max_jobs"] = self._max_jobs
+        if REVOCATION not in resources["components"]:
+            resources["components"].append(dict(REVOCATION))
         _write(path, resources)
-        _write(Path(ctx.get_local_dir(server)) / "authorization.json", AUTHORIZATION)
+        local = Path(ctx.get_local_dir(server))
+        _write(local / "authorization.json", AUTHORIZATION)
+        (local / REVOKED_FILE).write_text(_REVOKED, encoding="utf-8")
         kit = Path(ctx.get_kit_dir(server))
         _require_signed_jobs(kit / "fed_server.json")
         script = kit / "sub_start.sh"

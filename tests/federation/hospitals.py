@@ -46,6 +46,7 @@ class Hospitals:
         site_policy: of one site, by name.
         roles: further administrators: name to role.
         builder: further arguments of the policy Builder.
+        host: name or address of the server, under which everybody reaches it.
     """
 
     folder: Path
@@ -55,6 +56,7 @@ class Hospitals:
     site_policy: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     roles: Mapping[str, str] = field(default_factory=dict)
     builder: Mapping[str, Any] = field(default_factory=dict)
+    host: str = SERVER
     jobs: int = 0
 
     def __post_init__(self) -> None:
@@ -99,7 +101,7 @@ class Hospitals:
             "name": PROJECT,
             "description": "a consortium for tests",
             "participants": [
-                {"name": SERVER, "type": "server", "org": "lead", **ports},
+                {"name": self.host, "type": "server", "org": "lead", **ports},
                 *map(self.site_entry, self.sites),
                 *(
                     {"name": name, "type": "admin", "org": "lead", "role": role}
@@ -125,9 +127,13 @@ class Hospitals:
         }
         (self.folder / "project.yml").write_text(yaml.safe_dump(project, sort_keys=False))
 
-    def local(self, environment: Mapping[str, str] | None = None) -> LocalConsortium:
+    def local(
+        self,
+        environment: Mapping[str, str] | None = None,
+        prefixes: Mapping[str, Sequence[str]] | None = None,
+    ) -> LocalConsortium:
         """The consortium's processes; a context that ends all of them."""
-        return LocalConsortium(self.kit(SERVER), self.kit(ADMIN), environment)
+        return LocalConsortium(self.kit(self.host), self.kit(ADMIN), environment, prefixes)
 
     def up(self, local: LocalConsortium, sites: Sequence[str] | None = None) -> None:
         """Start server and sites, and wait until they are connected."""

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
-from consortium import BothJobs, Consortium, plain_update, tiny_ensemble
+from consortium import BothJobs, Consortium, Run, plain_update, tiny_ensemble
+from nvflare.apis.shareable import Shareable
 
 from fedgestalt.federation.rounds import split_metrics
 from fedgestalt.hooks import get_registry
@@ -14,6 +19,7 @@ from fedgestalt.jobs import MatchingJob, TrainingJob
 from fedgestalt.learning.encoding import encode
 from fedgestalt.learning.images import load_faces
 from fedgestalt.learning.store import load_ensemble
+from fedgestalt.messages import size_of
 from fedgestalt.similarity.evaluation import rank_tables
 from fedgestalt.similarity.order import image_order
 
@@ -87,3 +93,48 @@ def test_two_sessions_mask_the_same_images_differently(both_jobs: BothJobs) -> N
     for site, fields in again.replies("fgm_encode").items():
         assert fields["rows"].shape == job_rows[site]["rows"].shape
         assert np.abs(fields["rows"] - job_rows[site]["rows"]).max() > 0.01
+
+
+def sizes(messages: Iterable[tuple[str, Shareable]]) -> dict[str, int]:
+    """Bytes of content by site."""
+    total: Counter[str] = Counter()
+    for site, message in messages:
+        total[site] += size_of(message["fedgestalt"])
+    return dict(total)
+
+
+@pytest.mark.parametrize("job", ["training", "matching"])
+def test_the_outcome_counts_the_bytes_that_were_sent_and_received(
+    both_jobs: BothJobs, job: str
+) -> None:
+    run: Run = getattr(both_jobs, job)
+    counted = run.outcome["bytes"]
+    assert {site: c["sent_to"] for site, c in counted.items()} == sizes(
+        (site, data) for site, _, data in run.sent
+    )
+    assert {site: c["received_from"] for site, c in counted.items()} == sizes(
+        (message.site, message.reply) for message in run.received
+    )
+    assert counted.keys() == set(both_jobs.consortium.sites)
+    assert min(c["received_from"] for c in counted.values()) > 1000
+
+
+def test_every_site_has_a_record_of_all_that_left_it(tmp_path: Path) -> None:
+    consortium = Consortium(tmp_path)
+    run = consortium.run(TrainingJob(ensemble=tiny_ensemble(), rounds=2))
+    for site in consortium.sites:
+        lines = (consortium.store(site) / "sent.jsonl").read_text().splitlines()
+        recorded = [json.loads(line) for line in lines]
+        received = [message for message in run.received if message.site == site]
+        assert [line["task"] for line in recorded] == [message.task for message in received]
+        assert [line["message"] for line in recorded] == [
+            message.reply["fedgestalt"]["schema"] for message in received
+        ]
+        assert (
+            sum(line["bytes"] for line in recorded) == (run.outcome["bytes"][site]["received_from"])
+        )
+
+
+def test_an_honest_run_has_no_warnings(both_jobs: BothJobs) -> None:
+    assert both_jobs.training.outcome["warnings"] == []
+    assert both_jobs.matching.outcome["warnings"] == []

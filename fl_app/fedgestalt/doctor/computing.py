@@ -47,23 +47,23 @@ def examine(
             cohort, found = _data(folder)
     device = _device(settings)
     models: list[tuple[Ensemble, Work]] = []
-    model_found = _model(job, registry, cohort, device, models) if cohort else []
-    ensemble, work = models[0] if models else (None, None)
+    built = _model(job, registry, cohort, device, models) if cohort else []
+    work = models[0][1] if models else None
     threads = settings.threads if settings else None
     found += machine.cpu(threads) + machine.memory(work) + machine.gpu(settings)
     found += machine.disk(store, work) if store else []
     if not with_dry_run or not folder:
         return found
-    found += model_found
-    if not ensemble or not work or not cohort or not device:
-        reason = (
-            "the data cannot be used"
-            if not cohort
-            else "the device that the policy names is not there"
-            if not device
-            else "the networks of the default job cannot be built"
-        )
+    found += built
+    if not cohort:
+        return found + not_checked("dry-run.training", "the data cannot be used")
+    if not models:
+        reason = "the networks of the default job cannot be built"
         return found + not_checked("dry-run.training", reason)
+    if not device:
+        reason = "the device that the policy names is not there"
+        return found + not_checked("dry-run.training", reason)
+    ensemble, work = models[0]
     with steps.step("dry-run", "Dry run"), dry_run.with_threads(threads):
         found += dry_run.licences(settings, ensemble) if settings else []
         found += dry_run.training(job, ensemble, cohort, device)

@@ -98,7 +98,7 @@ def disk(store: Path, work: Work | None) -> Iterator[Check]:
     need = int(work.disk_bytes * _SPARE) if work else _LEAST_DISK
     needs = f"a training and a matching job leave about {in_bytes(need)} there"
     if not work:
-        needs = "what a job needs is not known, because the data cannot be read"
+        needs = "what a job needs is not known without usable data"
     figures: dict[str, Figure] = {
         "free_bytes": free,
         "needed_bytes": need if work else None,

@@ -90,19 +90,20 @@ def data_folder(folder: Path) -> Iterator[Check]:
     """The cohort's folder is there and can be read."""
     name, path = "policy.data", str(folder)
     remedy = f"correct data in local/{FILE_NAME}, or put the cohort there"
+    if not folder.is_dir():
+        yield problem(name, f"there is no data folder {path}", remedy, path=path)
+        return
+    try:
+        with os.scandir(folder) as entries:
+            next(entries, None)
+    except OSError as error:
+        what = f"the data folder {path} cannot be read ({error.strerror})"
+        yield problem(name, what, "let the user that runs FLARE read it", path=path)
+        return
     if not folder.is_absolute():
         what = f"{path!r} depends on the folder in which FLARE is started"
-        yield warning(name, what, f"write the whole path as data in local/{FILE_NAME}")
-    elif not folder.is_dir():
-        yield problem(name, f"there is no data folder {path}", remedy, path=path)
+        yield warning(name, what, f"write the whole path as data in local/{FILE_NAME}", path=path)
     else:
-        try:
-            with os.scandir(folder) as entries:
-                next(entries, None)
-        except OSError as error:
-            what = f"the data folder {path} cannot be read ({error.strerror})"
-            yield problem(name, what, "let the user that runs FLARE read it", path=path)
-            return
         yield ok(name, f"{path} can be read", path=path)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -31,6 +32,11 @@ from fedgestalt.federation.status import PROGRESS_COMMAND, SCHEMA
 
 CONNECT_SECONDS: Final = 15.0
 _DONE = "FINISHED"
+_RAISED = re.compile(r"^(?:[a-z_]\w*\.)*[A-Z]\w+: (.+)")
+"""The last line of a traceback; where several are chained, the first names the cause."""
+_LOGGED = re.compile(r"^\d{4}-\d\d-\d\d \S+ - \S+ - ERROR - (.+)")
+_REASON_LIMIT = 500
+_TOO_EARLY_SECONDS = 2.0
 _NOT_NOW = (JobNotRunning, NoReply, InternalError)
 
 OnStatus = Callable[[str, dict[str, Any]], None]
@@ -145,6 +151,20 @@ class AdminSession:
         with _flare_errors(self.server), _quiet():
             return Path(self._session.download_job_result(job, str(folder)))
 
+    def reason(self, job: str, result: Path) -> str:
+        """Why a job ended without an outcome of ours, from what FLARE kept; empty if unknown."""
+        detail = self.meta(job).get("job_deploy_detail", ())
+        refused = [str(said) for said in detail if not str(said).endswith(": OK")]
+        if refused:
+            return "; ".join(refused)
+        for log in sorted(result.rglob("error_log.txt")):
+            lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+            causes = [found[1] for line in lines if (found := _RAISED.match(line))]
+            logged = [found[1] for line in lines if (found := _LOGGED.match(line))]
+            if causes or logged:
+                return (causes[:1] or logged[-1:])[0][:_REASON_LIMIT]
+        return ""
+
     def outcome(self, job: str) -> dict[str, Any]:
         """The ``outcome.json`` of a finished job, or an empty mapping if it left none."""
         with tempfile.TemporaryDirectory() as folder:
@@ -162,10 +182,14 @@ class AdminSession:
         Raises:
             SiteError: the job has not ended within ``limit_seconds``.
         """
-        deadline = time.monotonic() + limit_seconds
+        deadline, ask_again = time.monotonic() + limit_seconds, 0.0
         while True:
-            status = self.status(job)
-            on_status(status, self.progress(job) if status == "RUNNING" else {})
+            status, report = self.status(job), {}
+            if status == "RUNNING" and time.monotonic() >= ask_again:
+                report = self.progress(job)
+                if not report:  # FLARE logs an error whenever it is asked too early
+                    ask_again = time.monotonic() + _TOO_EARLY_SECONDS
+            on_status(status, report)
             if status.startswith(_DONE):
                 return status
             if time.monotonic() > deadline:

@@ -7,7 +7,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -27,13 +27,19 @@ class LocalConsortium:
         server: the server's startup kit.
         admin: the administrator's startup kit.
         environment: for every process, beside this one's own.
+        prefixes: what stands in front of a kit's command, by the kit's name; for example
+            ``ip netns exec NAME``.
     """
 
     def __init__(
-        self, server: Path, admin: Path, environment: Mapping[str, str] | None = None
+        self,
+        server: Path,
+        admin: Path,
+        environment: Mapping[str, str] | None = None,
+        prefixes: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
         self.server, self.admin = server, admin
-        self._environment = dict(environment or {})
+        self._environment, self._prefixes = dict(environment or {}), dict(prefixes or {})
         self.running: dict[str, ProcessFamily] = {}
         self._session: AdminSession | None = None
 
@@ -49,7 +55,8 @@ class LocalConsortium:
         """Start a kit's process; it runs once, without FLARE's restarts."""
         search = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
         own = {**self._environment, "PATH": search, **(environment or {})}
-        command = ["bash", str(kit / "startup" / "sub_start.sh"), "--once"]
+        prefix = self._prefixes.get(kit.name, ())
+        command = [*prefix, "bash", str(kit / "startup" / "sub_start.sh"), "--once"]
         family = ProcessFamily(command, kit, kit / "console.log", own)
         self.running[kit.name] = family
         return family

@@ -1,4 +1,4 @@
-"""A small hospital to examine: real kits, a real cohort, a real TLS server, and ways to break them."""
+"""A small hospital to examine: real kits, a real cohort, a real TLS server."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import shutil
 import socket
 import ssl
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -185,6 +185,7 @@ def tls_answer(
     alpn: str = "h2",
     version: ssl.TLSVersion = ssl.TLSVersion.TLSv1_3,
     says: bytes = SETTINGS_FRAME,
+    waits: bool = False,
 ) -> Any:
     """What FLARE's server does with a connection, up to the first frame."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -196,7 +197,8 @@ def tls_answer(
 
     def answer(stream: socket.socket) -> None:
         with context.wrap_socket(stream, server_side=True) as secure:
-            secure.recv(24)
+            if waits:
+                assert secure.recv(24).startswith(b"PRI * HTTP/2.0")
             secure.sendall(says)
             secure.recv(1)
 
@@ -266,6 +268,14 @@ class Hospital:
         self.startup("client.crt").write_bytes(authority.issue(key, name, **facts))
         self.startup("client.key").write_bytes(pem(key))
 
+    def server_kit(self, port: int) -> Path:
+        """The kit of the server, at a port of our choice."""
+        kit = self.folder / "server"
+        shutil.copytree(self.kits / SERVER, kit)
+        path = kit / "startup" / "fed_server.json"
+        path.write_text(path.read_text().replace("8002", str(port)))
+        return kit
+
     def examined(self, *, dry_run: bool = False) -> list[Check]:
         """What the doctor says."""
         request = Request(self.kit, None, dry_run, self.job, self.registry)
@@ -284,6 +294,11 @@ def hospital(folder: Path, kits: Path, data: Path, endpoint: Endpoint) -> Hospit
     return made
 
 
+def free_port() -> int:
+    with socket.create_server(("", 0)) as taken:
+        return int(taken.getsockname()[1])
+
+
 def quiet() -> Steps:
     return Steps(Console(quiet=True))
 
@@ -300,11 +315,6 @@ def named(checks: list[Check], name: str) -> Check:
     """The only check called ``name``."""
     (found,) = [one for one in checks if one.name == name]
     return found
-
-
-def figures(check: Check) -> Mapping[str, Any]:
-    """Figures without their types, for arithmetic."""
-    return check.figures
 
 
 @contextlib.contextmanager

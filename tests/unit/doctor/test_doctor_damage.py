@@ -1,4 +1,4 @@
-"""One kind of damage each: the check that is meant finds it, says what to do, and no other cries."""
+"""One kind of damage each: its check finds it and says what to do, and no other check cries."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import shutil
 import socket
 import ssl
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -24,12 +25,15 @@ from doctor_trial import (
     Authority,
     Hospital,
     by_state,
+    free_port,
     named,
     new_key,
+    pem,
     quiet,
 )
 
 from fedgestalt.doctor import Request, examine, machine, network
+from fedgestalt.federation.settings import SiteSettings
 from fedgestalt.hooks.registry import Registry
 
 Break = Callable[[Hospital, pytest.MonkeyPatch], object]
@@ -234,10 +238,12 @@ def the_name_does_not_resolve(site: Hospital, patch: pytest.MonkeyPatch) -> None
 
 @damage("network.name", "no answer within")
 def the_name_service_does_not_answer(site: Hospital, patch: pytest.MonkeyPatch) -> None:
-    import threading
+    def slow(*_: Any, **__: Any) -> list[Any]:
+        time.sleep(1)
+        return []
 
     patch.setattr(network, "SECONDS", 0.2)
-    patch.setattr(socket, "getaddrinfo", lambda *_, **__: threading.Event().wait(2))
+    patch.setattr(socket, "getaddrinfo", slow)
     site.connect_to(8002, "slow.example")
 
 
@@ -325,8 +331,6 @@ def an_older_server_refuses_our_certificate(site: Hospital, patch: pytest.Monkey
 
 
 def _serve_others(site: Hospital, version: ssl.TLSVersion) -> None:
-    from doctor_trial import pem
-
     root = site.folder / "others.pem"
     root.write_bytes(pem(Authority.foreign().certificate))
     site.serve(authority=root, version=version)
@@ -485,6 +489,20 @@ def the_data_folder_is_missing(site: Hospital, patch: pytest.MonkeyPatch) -> Non
     site.policy(data=str(site.folder / "gone"))
 
 
+@damage("policy.data", "there is no data folder cohort")
+def the_data_folder_is_named_by_half_a_path_and_missing(
+    site: Hospital, patch: pytest.MonkeyPatch
+) -> None:
+    patch.chdir(site.folder)
+    site.policy(data="cohort")
+
+
+@damage("policy.data", "depends on the folder", state="warning")
+def the_data_folder_is_named_by_half_a_path(site: Hospital, patch: pytest.MonkeyPatch) -> None:
+    patch.chdir(site.folder)
+    site.policy(data=f"hospitals/{SITE}")
+
+
 @damage("policy.store", "is a file")
 def the_store_cannot_be_written(site: Hospital, patch: pytest.MonkeyPatch) -> None:
     site.store.write_text("in the way")
@@ -564,22 +582,12 @@ def the_folder_holds_no_cohort(site: Hospital, patch: pytest.MonkeyPatch) -> Non
 
 @damage("data.cohort", "one subject only", state="warning")
 def a_syndrome_has_one_subject(site: Hospital, patch: pytest.MonkeyPatch) -> None:
-    for table in (site.data / "gmdb_metadata").glob("gmdb_rare_*_images_v1.csv"):
-        rows = table.read_text().splitlines(keepends=True)
-        subject = rows[1].split(",")[1]
-        drop = subject if "gallery" in table.name else ""
-        table.write_text("".join(row for row in rows if not drop or f",{drop}," not in row))
-    _drop_subject(site)
-
-
-def _drop_subject(site: Hospital) -> None:
-    """Remove one of the two subjects of a rare syndrome from all rare tables."""
     tables = sorted((site.data / "gmdb_metadata").glob("gmdb_rare_*_images_v1.csv"))
     rows = [row.split(",") for table in tables for row in table.read_text().splitlines()[1:]]
-    label = rows[0][2]
-    subjects = sorted({row[1] for row in rows if row[2] == label})
+    subjects = sorted({row[1] for row in rows if row[2] == rows[0][2]})
+    assert len(subjects) == 2
     for table in tables:
-        kept = [r for r in table.read_text().splitlines() if f",{subjects[-1]}," not in r]
+        kept = [row for row in table.read_text().splitlines() if f",{subjects[0]}," not in row]
         table.write_text("\n".join(kept) + "\n")
 
 
@@ -608,16 +616,6 @@ def test_there_is_damage_of_every_kind() -> None:
     }
 
 
-def server_kit(site: Hospital) -> Any:
-    with socket.create_server(("", 0)) as taken:
-        port = int(taken.getsockname()[1])
-    kit = site.folder / "server"
-    shutil.copytree(site.kits / SERVER, kit)
-    path = kit / "startup" / "fed_server.json"
-    path.write_text(path.read_text().replace("8002", str(port)))
-    return kit
-
-
 @pytest.mark.parametrize(
     ("file", "old", "new", "check"),
     [
@@ -636,7 +634,7 @@ def server_kit(site: Hospital) -> Any:
 def test_damage_to_the_kit_of_a_server_is_found_by_its_check_alone(
     site: Hospital, file: str, old: str, new: str, check: str
 ) -> None:
-    kit = server_kit(site)
+    kit = site.server_kit(free_port())
     text = (kit / file).read_text()
     assert old in text
     (kit / file).write_text(text.replace(old, new))
@@ -646,10 +644,37 @@ def test_damage_to_the_kit_of_a_server_is_found_by_its_check_alone(
     assert named(checks, check).remedy
 
 
-def test_a_port_of_the_server_that_another_program_has_is_a_problem(site: Hospital) -> None:
-    kit = server_kit(site)
+def test_a_port_of_the_server_that_another_program_has_is_a_problem(
+    site: Hospital, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(network, "SECONDS", 0.3)
+    kit = site.server_kit(free_port())
     port = json.loads((kit / "startup" / "fed_server.json").read_text())["servers"][0]["admin_port"]
     with socket.create_server(("", port)):
         checks = examine(Request(kit), quiet())
     assert by_state(checks)["problem"] == {"network.listen"}
     assert "another program" in named(checks, "network.listen").what
+
+
+@pytest.mark.parametrize(("free", "state"), [(1 << 30, "problem"), (40 << 30, "ok")])
+def test_a_graphics_card_needs_memory(
+    monkeypatch: pytest.MonkeyPatch, free: int, state: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, 80 << 30))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA Something")
+    settings = SiteSettings(data="/data", store="/store", device="cuda")
+    (found,) = machine.gpu(settings)
+    assert found.state == state
+    assert found.what.startswith("NVIDIA Something")
+    assert found.figures["free_bytes"] == free
+
+
+def test_a_processor_without_bfloat16_is_named_and_no_warning(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
+    (found,) = machine.cpu(None)
+    assert found.state == "ok"
+    assert found.figures["number_format"] == "float32"
+    assert found.figures["features"] == ["avx2"]

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
-import socket
 import ssl
 import subprocess
 import sys
 from concurrent import futures
-from pathlib import Path
 
 import grpc
 import pytest
@@ -20,30 +18,20 @@ from doctor_trial import (
     SITE,
     Hospital,
     by_state,
+    free_port,
     named,
     quiet,
 )
 
 from fedgestalt import RESEARCH_USE_ONLY
 from fedgestalt.cli import CALL_WRONG, main
-from fedgestalt.doctor import Request, examine
+from fedgestalt.doctor import Request, examine, network
 
 
 def run(*arguments: object) -> Result:
     result = CliRunner().invoke(main, ["doctor", *map(str, arguments)])
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     return result
-
-
-def server_kit(site: Hospital, port: int) -> Path:
-    """The server's kit, at a port of our choice."""
-    kit = site.folder / "server"
-    shutil.copytree(site.kits / SERVER, kit)
-    path = kit / "startup" / "fed_server.json"
-    text = path.read_text()
-    assert "8002" in text
-    path.write_text(text.replace("8002", str(port)))
-    return kit
 
 
 def test_a_site_in_order_is_ready_with_the_default_job_and_nothing_is_said_in_vain(
@@ -95,6 +83,14 @@ def test_a_server_of_tls_1_2_is_good_enough(site: Hospital) -> None:
     assert named(checks, "network.tls").figures["tls"] == "TLS 1.2"
 
 
+def test_a_server_that_waits_for_our_greeting_is_good_enough(
+    site: Hospital, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(network, "_PATIENCE", 0.1)
+    site.serve(waits=True)
+    assert named(site.examined(), "network.accepted").state == "ok"
+
+
 def test_the_kit_of_an_administrator_is_ready(site: Hospital) -> None:
     port = json.loads(site.startup("fed_client.json").read_text())["servers"][0]["service"][
         "target"
@@ -110,9 +106,7 @@ def test_the_kit_of_an_administrator_is_ready(site: Hospital) -> None:
 
 
 def test_the_kit_of_a_server_is_ready_while_its_port_is_free(site: Hospital) -> None:
-    with socket.create_server(("", 0)) as taken:
-        port = int(taken.getsockname()[1])
-    checks = examine(Request(server_kit(site, port)), quiet())
+    checks = examine(Request(site.server_kit(free_port())), quiet())
     assert {one.state for one in checks} == {"ok"}, checks
     assert {one.group for one in checks} == {"software", "kit", "network", "flare", "machine"}
     assert "is free" in named(checks, "network.listen").what
@@ -120,7 +114,7 @@ def test_the_kit_of_a_server_is_ready_while_its_port_is_free(site: Hospital) -> 
 
 def test_a_server_that_runs_already_is_no_problem(site: Hospital) -> None:
     port = int(site.endpoint.sockets[0].getsockname()[1])
-    checks = examine(Request(server_kit(site, port)), quiet())
+    checks = examine(Request(site.server_kit(port)), quiet())
     assert {one.state for one in checks} == {"ok"}, checks
     assert named(checks, "network.listen").figures["running"] is True
 

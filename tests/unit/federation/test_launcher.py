@@ -62,7 +62,7 @@ def test_flare_alone_would_call_it_an_error_of_the_whole_job() -> None:
         (None, JobReturnCode.UNKNOWN),
     ],
 )
-def test_other_ends_are_told_as_flare_tells_them(code: int | None, said: str) -> None:
+def test_other_ends_are_told_as_flare_tells_them(code: int | None, said: int) -> None:
     inner = ProcessHandle(process_adapter=Ended(code))
     assert _Handle(inner).poll() == said == inner.poll()
 
@@ -102,12 +102,12 @@ def launch(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launch]:
             process.wait()
 
 
-def ended(handle: _Handle) -> str:
+def ended(handle: _Handle) -> int:
     deadline = time.monotonic() + 60
     while handle._inner.adapter.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    return str(handle.poll())
+    return int(handle.poll())
 
 
 def test_a_job_process_that_the_system_kills_is_unknown(launch: Launch) -> None:
@@ -129,7 +129,7 @@ def test_a_job_process_that_its_handle_ends_is_unknown(launch: Launch) -> None:
     ("code", "said"),
     [(0, JobReturnCode.SUCCESS), (1, JobReturnCode.EXECUTION_ERROR), (9, JobReturnCode.ABORTED)],
 )
-def test_a_job_process_that_ends_by_itself_says_how(launch: Launch, code: int, said: str) -> None:
+def test_a_job_process_that_ends_by_itself_says_how(launch: Launch, code: int, said: int) -> None:
     assert ended(launch(f"raise SystemExit({code})")) == said
 
 

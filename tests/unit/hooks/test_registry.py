@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import inspect
 import logging
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -27,7 +29,7 @@ from fedgestalt.contracts import (
 )
 from fedgestalt.errors import ConfigError, PluginError
 from fedgestalt.hooks import Catalogue, Registry, get_registry, hookimpl, specs
-from fedgestalt.hooks.registry import read_options
+from fedgestalt.hooks.registry import Entry, code_digest, read_options
 
 CONTRACTS = {
     "backbone": Backbone,
@@ -415,3 +417,110 @@ def test_the_group_of_entry_points_is_the_name_of_the_hooks() -> None:
     manager = pluggy.PluginManager(specs.ENTRY_POINT_GROUP)
     manager.add_hookspecs(specs)
     assert all(hasattr(manager.hook, name) for name in HOOKS)
+
+
+# --- digests of code -----------------------------------------------------------------------------
+
+
+class Package:
+    """A package on disk that the tests change and load anew."""
+
+    name = "somebodys_package"
+
+    def __init__(self, folder: Path) -> None:
+        self.root = folder / self.name
+        (self.root / "inner").mkdir(parents=True)
+        self.write("__init__.py", "A = 1\n")
+        self.write("inner/__init__.py", "")
+        self.write("inner/part.py", "B = 2\n")
+
+    def write(self, file: str, text: str) -> None:
+        (self.root / file).write_text(text)
+
+    @property
+    def digest(self) -> str:
+        """As a process that starts now would compute it."""
+        code_digest.cache_clear()
+        importlib.invalidate_caches()
+        sys.modules.pop(self.name, None)
+        importlib.import_module(self.name)
+        return code_digest(self.name)
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Package]:
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    yield Package(tmp_path)
+    sys.modules.pop(Package.name, None)
+    code_digest.cache_clear()
+
+
+def test_a_digest_is_hexadecimal_and_stays_while_nothing_changes(package: Package) -> None:
+    first = package.digest
+    assert len(first) == 64
+    assert int(first, 16) >= 0
+    assert package.digest == first
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("__init__.py", "A = 2\n"),
+        ("inner/part.py", "B = 2 \n"),
+        ("inner/part.py", ""),
+        ("inner/new.py", ""),
+        ("inner/new.py", "B = 2\n"),
+    ],
+)
+def test_a_digest_changes_with_every_file_however_deep(
+    package: Package, file: str, text: str
+) -> None:
+    before = package.digest
+    package.write(file, text)
+    assert package.digest != before
+
+
+def test_a_digest_changes_when_a_file_is_renamed(package: Package) -> None:
+    before = package.digest
+    (package.root / "inner" / "part.py").rename(package.root / "inner" / "other.py")
+    assert package.digest != before
+
+
+def test_text_that_moves_from_one_file_to_another_changes_the_digest(package: Package) -> None:
+    before = package.digest
+    package.write("__init__.py", "B = 2\n")
+    package.write("inner/part.py", "A = 1\n")
+    assert package.digest != before
+
+
+@pytest.mark.parametrize("file", ["notes.txt", "inner/data.json", "part.pyc"])
+def test_other_files_do_not_matter(package: Package, file: str) -> None:
+    before = package.digest
+    package.write(file, "anything")
+    assert package.digest == before
+
+
+def test_a_digest_does_not_depend_on_where_the_package_is(
+    package: Package, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = package.digest
+    (tmp_path / "elsewhere").mkdir()
+    package.root.rename(tmp_path / "elsewhere" / package.name)
+    monkeypatch.syspath_prepend(tmp_path / "elsewhere")
+    assert package.digest == before
+
+
+def test_what_is_not_loaded_from_files_has_no_digest(monkeypatch: pytest.MonkeyPatch) -> None:
+    code_digest.cache_clear()
+    monkeypatch.setitem(sys.modules, "somebodys_plugin", ModuleType("somebodys_plugin"))
+    assert code_digest("somebodys_plugin") == ""
+    assert code_digest("nobodys_plugin_module") == ""
+    code_digest.cache_clear()
+
+
+def test_an_entry_has_the_digest_of_the_package_that_its_plugin_comes_from() -> None:
+    entry = get_registry().backbones.entry("iresnet")
+    assert entry.plugin_name == "backbone iresnet"
+    assert entry.digest == code_digest("fedgestalt_plugins") != code_digest("fedgestalt")
+    assert Entry("cohort", Versatile("x"), "theirs", "1").digest == code_digest("test_registry")

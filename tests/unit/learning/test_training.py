@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from fedgestalt.errors import SiteError
 from fedgestalt.hooks import get_registry
+from fedgestalt.learning import training as training_module
 from fedgestalt.learning.ensemble import (
     Ensemble,
     SharedState,
@@ -263,3 +264,96 @@ def test_weights_lie_between_a_half_and_one_and_shrink_with_the_class(
     assert (weights[present] > 0.5).all()
     order = np.argsort(counts[present])
     assert (np.diff(weights[present].numpy()[order]) <= 0).all()
+
+
+# --- agreement with the labels -------------------------------------------------------------------
+
+
+def trained_state(ensemble: Ensemble, rounds: int = 6) -> SharedState:
+    learner, state = trainer(ensemble), read_shared_state(ensemble)
+    for number in range(1, rounds + 1):
+        state, _ = learner.run_round(state, number)
+    return state
+
+
+@pytest.mark.parametrize("trainable", ["neck", "all"])
+def test_a_trained_model_agrees_with_right_labels_and_not_with_permuted_ones(
+    trainable: str,
+) -> None:
+    ensemble, right = build(trainable), easy_set()
+    state = trained_state(ensemble)
+    wrong = TrainingSet(right.faces, 1 - right.targets, right.classes)
+    found = {}
+    for name, data in (("right", right), ("wrong", wrong)):
+        _, metrics = LocalTrainer(ensemble, data, CPU, 1).run_round(state, 7)
+        found[name] = metrics[f"m-{trainable}"].agreement
+    assert found["right"] >= 0.75
+    assert found["wrong"] <= 0.25
+    assert found["right"] + found["wrong"] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("trainable", ["neck", "all"])
+def test_the_agreement_is_that_of_the_model_before_the_round(trainable: str) -> None:
+    ensemble, right = build(trainable, epochs=8), easy_set()
+    state = trained_state(ensemble)
+    wrong = TrainingSet(right.faces, 1 - right.targets, right.classes)
+    learner = LocalTrainer(ensemble, wrong, CPU, 1)
+    state, first = learner.run_round(state, 1)
+    _, second = learner.run_round(state, 2)
+    assert first[f"m-{trainable}"].agreement <= 0.25
+    assert second[f"m-{trainable}"].agreement > first[f"m-{trainable}"].agreement
+
+
+def test_the_agreement_is_a_share_and_can_be_repeated() -> None:
+    ensemble = build()
+    state = read_shared_state(ensemble)
+    first, again = (trainer(ensemble).run_round(state, number)[1] for number in (1, 2))
+    for name, metrics in first.items():
+        assert 0 <= metrics.agreement <= 1
+        assert metrics.agreement * 8 == round(metrics.agreement * 8)
+        assert metrics.agreement == again[name].agreement
+
+
+def test_the_agreement_draws_no_random_numbers_and_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ensemble = build()
+    start = read_shared_state(ensemble)
+    with_it, metrics = trainer(ensemble).run_round(start, 1)
+    monkeypatch.setattr(LocalTrainer, "_agreement", lambda *_: 0.5)
+    without, others = trainer(ensemble).run_round(start, 1)
+    assert_equal(with_it, without)
+    for name, found in metrics.items():
+        assert (found.loss, found.accuracy) == (others[name].loss, others[name].accuracy)
+        assert others[name].agreement == 0.5
+
+
+def test_computing_the_agreement_leaves_all_generators_and_the_model_as_they_were() -> None:
+    ensemble = build()
+    learner = trainer(ensemble)
+    learner.prepare()
+    numpy_before, torch_before = np.random.get_state(), torch.get_rng_state()
+    for index, member in enumerate(ensemble.members):
+        before = {name: tensor.clone() for name, tensor in member.state_dict().items()}
+        learner._agreement(member, index, lambda *_: None)
+        for name, tensor in member.state_dict().items():
+            assert torch.equal(tensor, before[name]), name
+        assert not any(module.training for module in member.trunk.modules())
+    assert torch.equal(torch.get_rng_state(), torch_before)
+    assert str(np.random.get_state()) == str(numpy_before)
+
+
+def test_the_agreement_of_a_large_set_is_that_of_a_spread_sample(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(training_module, "_AGREEMENT_SAMPLE", 4)
+    ensemble = build("neck")
+    state = trained_state(ensemble)
+    data = easy_set()
+    targets = data.targets.copy()
+    targets[3:5] = 1 - targets[3:5]  # rows 0, 2, 4 and 7 are in the sample
+    learner = LocalTrainer(ensemble, TrainingSet(data.faces, targets, 2), CPU, 1)
+    _, metrics = learner.run_round(state, 7)
+    _, whole = LocalTrainer(ensemble, data, CPU, 1).run_round(state, 7)
+    assert whole["m-neck"].agreement == 1
+    assert metrics["m-neck"].agreement == 0.75
