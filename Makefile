@@ -4,10 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint bench venv clean
+.PHONY: demo consortium test lint bench venv clean
 
 demo: venv  ## the main job: hospitals train and match with one command
 	$(BIN)/fedgestalt demo
+
+consortium: venv  ## a provisioned consortium on this machine: train, match, add a hospital
+	$(BIN)/fedgestalt consortium
 
 test: venv  ## all tests, the fast ones in parallel
 	$(BIN)/python -m pytest -n 2 --dist loadfile

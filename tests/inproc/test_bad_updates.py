@@ -118,6 +118,8 @@ def test_other_sites_refuse_what_a_careless_server_made_of_it(tmp_path: Path, ro
     assert "bonn" not in said
     for site in ("berlin", "leuven"):
         assert not list(consortium.store(site).rglob("weights.safetensors"))
+    trained = [message.site for message in run.received if message.task == "fgm_update"]
+    assert sorted(trained) == ["berlin", "bonn", "leuven"], "nobody trains on a spoilt model"
 
 
 def test_an_honest_job_stays_far_below_the_bound(tmp_path: Path) -> None:

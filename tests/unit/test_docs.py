@@ -8,14 +8,22 @@ from pathlib import Path
 
 import click
 import pytest
+import yaml
 
 from fedgestalt import RESEARCH_USE_ONLY
 from fedgestalt.cli import main
+from fedgestalt.federation.settings import SiteSettings
 from fedgestalt.hooks import specs
 from fedgestalt.jobs import JOBS
 
 ROOT = Path(__file__).parents[2]
 HOOKS = [name for name in vars(specs) if name.startswith("fedgestalt_")]
+
+
+def _for_users(document: Path) -> bool:
+    """Whether people outside the project's development read it."""
+    developers = {"dependencies.md", "write-a-plugin.md"}
+    return document.parent.name != "adr" and document.name not in developers
 
 
 @pytest.mark.parametrize("hook", HOOKS)
@@ -39,6 +47,32 @@ def test_every_command_of_the_readme_exists() -> None:
     assert named == set(main.commands) - {"version"}
 
 
+def test_the_site_policy_is_documented_key_by_key() -> None:
+    rows = re.findall(
+        r"^\| `(\w+)` \| (.+?) \| (.+) \|$", _text("docs/reference/site-policy.md"), re.M
+    )
+    documented = {key: (default, meaning) for key, default, meaning in rows}
+    assert list(documented) == list(SiteSettings.model_fields)
+    for key, field in SiteSettings.model_fields.items():
+        default, meaning = documented[key]
+        if field.is_required():
+            assert default == "required", key
+        else:
+            value = list(field.default) if isinstance(field.default, tuple) else field.default
+            assert yaml.safe_load(default.strip("`")) == value, key
+        if field.description:
+            assert meaning == field.description, key
+
+
+def test_the_example_of_the_site_policy_is_valid() -> None:
+    (example,) = re.findall(r"```yaml\n(.*?)```", _text("docs/reference/site-policy.md"), re.S)
+    assert SiteSettings(**yaml.safe_load(example)).minimum_sites == 4
+
+
+def _text(document: str) -> str:
+    return (ROOT / document).read_text()
+
+
 def test_every_template_has_a_guide() -> None:
     assert {p.name for p in (ROOT / "job_templates").iterdir()} == set(JOBS)
     for name in JOBS:
@@ -49,10 +83,9 @@ def test_every_template_has_a_guide() -> None:
     "document",
     [
         "README.md",
-        "docs/explanation/what-each-party-learns.md",
-        "job_templates/train_ensemble/README.md",
-        "job_templates/match/README.md",
-        "provisioning/README.md",
+        *(str(p.relative_to(ROOT)) for p in sorted((ROOT / "docs").rglob("*.md")) if _for_users(p)),
+        *(str(p.relative_to(ROOT)) for p in sorted((ROOT / "job_templates").rglob("*.md"))),
+        *(str(p.relative_to(ROOT)) for p in sorted((ROOT / "provisioning").rglob("*.md"))),
     ],
 )
 def test_the_notice_stands_on_what_a_person_reads(document: str) -> None:

@@ -7,7 +7,6 @@ that is not ours, a proxy that opens TLS, or a certificate that one side does no
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import socket
@@ -161,8 +160,9 @@ def port(kit: Kit) -> Iterator[Check]:
     """The port is open; how far away it is."""
     endpoint = kit.endpoint()
     try:
-        with _dial(endpoint) as dialled:
-            milliseconds = round(dialled.milliseconds, 1)
+        dialled = _dial(endpoint)
+        dialled.stream.close()
+        milliseconds = round(dialled.milliseconds, 1)
         what = f"{endpoint} is open, {milliseconds:g} ms away"
         yield ok("network.port", what, port=endpoint.port, round_trip_ms=milliseconds)
     except TimeoutError:
@@ -176,11 +176,23 @@ def port(kit: Kit) -> Iterator[Check]:
         yield problem("network.port", what, f"{_FIREWALL}, or {_ASK}", port=endpoint.port)
 
 
-@contextlib.contextmanager
-def _dial(endpoint: Endpoint) -> Iterator[Dialled]:
-    started = time.perf_counter()
-    with socket.create_connection((endpoint.host, endpoint.port), timeout=SECONDS) as stream:
-        yield Dialled(stream, (time.perf_counter() - started) * 1000)
+def _dial(endpoint: Endpoint) -> Dialled:
+    """Connect to the first address of the server that answers; raises OSError."""
+    fault: OSError = ConnectionError("no address")
+    for family, kind, protocol, _, address in socket.getaddrinfo(
+        endpoint.host, endpoint.port, type=socket.SOCK_STREAM
+    ):
+        stream = socket.socket(family, kind, protocol)
+        stream.settimeout(SECONDS)
+        started = time.perf_counter()
+        try:
+            stream.connect(address)
+        except OSError as error:
+            stream.close()
+            fault = error
+            continue
+        return Dialled(stream, (time.perf_counter() - started) * 1000)
+    raise fault
 
 
 @check("network.tls")
@@ -192,9 +204,9 @@ def tls(kit: Kit, now: datetime) -> Iterator[Check]:
         yield problem("network.tls", what, f"ask {LEAD} for a kit with connection_security mtls")
         return
     context = _context(kit, endpoint)
-    with _dial(endpoint) as dialled:
+    with _dial(endpoint).stream as bare:
         try:
-            with context.wrap_socket(dialled.stream, server_hostname=endpoint.host) as stream:
+            with context.wrap_socket(bare, server_hostname=endpoint.host) as stream:
                 yield from _after_handshake(stream, endpoint)
         except ssl.SSLCertVerificationError as error:
             yield _distrusted(error, endpoint, kit, now)
@@ -357,8 +369,8 @@ def _look(endpoint: Endpoint, kit: Kit | None) -> x509.Certificate | None:
         if kit is not None:
             context.load_cert_chain(kit.certificate, kit.key)
         with (
-            _dial(endpoint) as dialled,
-            context.wrap_socket(dialled.stream, server_hostname=endpoint.host) as stream,
+            _dial(endpoint).stream as bare,
+            context.wrap_socket(bare, server_hostname=endpoint.host) as stream,
         ):
             held = stream.getpeercert(binary_form=True)
     except OSError:

@@ -63,6 +63,12 @@ class AdminSession:
                 self._session: Session = new_secure_session(self.user, str(kit), timeout=seconds)
         except AttributeError:  # FLARE's own cleanup after a refused login
             raise _refused(self.server) from None
+        except (RuntimeError, ValueError, TypeError, OSError) as error:
+            raise ConfigError(
+                f"this startup kit cannot be used ({error})",
+                where=str(kit),
+                remedy="fedgestalt doctor --startup-kit KIT says more",
+            ) from None
 
     def __enter__(self) -> AdminSession:
         """Return the session itself."""
