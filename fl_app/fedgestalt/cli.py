@@ -332,7 +332,10 @@ def job_explain(folder: Path, as_json: bool) -> None:
 )
 @_json_option
 def job_watch(kit: Path, job_id: str, download: Path | None, as_json: bool) -> None:
-    """Follow the job JOB_ID to its end, with the administrator's startup KIT."""
+    """Follow a job to its end, with the administrator's startup KIT.
+
+    JOB_ID is what FLARE printed when the job was submitted, or "latest".
+    """
     import tempfile
 
     from rich.console import Console
@@ -341,6 +344,7 @@ def job_watch(kit: Path, job_id: str, download: Path | None, as_json: bool) -> N
     from fedgestalt.federation.view import JobView
 
     with AdminSession(kit) as session, tempfile.TemporaryDirectory() as scratch:
+        job_id = session.latest_job() if job_id == "latest" else job_id
         wanted = session.wanted_sites(job_id)
         console = Console(stderr=True, highlight=False)
         with JobView(job_id, console, wanted) as view:

@@ -122,6 +122,16 @@ class AdminSession:
         with _flare_errors(self.server):
             return [dict(job) for job in self._session.list_jobs(reverse=True)]
 
+    def latest_job(self) -> str:
+        """Id of the job that was submitted last.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        for job in self.jobs():
+            return str(job["job_id"])
+        raise ConfigError("no job was submitted yet", where=self.server)
+
     def progress(self, job: str) -> dict[str, Any]:
         """Our own report of a running job, or an empty mapping if it does not run now."""
         try:
