@@ -72,7 +72,7 @@ class TrainingJob(JobSpec):
     ensemble: EnsembleSpec = Field(default_factory=default_ensemble)
     rounds: int = Field(default=6, ge=1, le=10_000)
     max_update_norm: float = Field(
-        default=10.0, gt=0, description="largest change of the model per round, in its own norms"
+        default=1.0, gt=0, description="largest change of the model per round, in its own norms"
     )
     max_images_per_site: int = Field(
         default=4096, ge=2, description="public bound on a site's training images"

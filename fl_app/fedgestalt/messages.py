@@ -74,7 +74,9 @@ def size_of(value: object) -> int:
     """Bytes of a message's content, without the serialisation around it."""
     if isinstance(value, np.ndarray):
         return int(value.nbytes)
-    if isinstance(value, bytes | str):
+    if isinstance(value, str):
+        return len(value.encode())
+    if isinstance(value, bytes):
         return len(value)
     if isinstance(value, Mapping):
         return sum(size_of(key) + size_of(inner) for key, inner in value.items())

@@ -32,7 +32,7 @@ def nvflare(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
 def fedgestalt(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
     """Run our command line as a user does."""
     command = [str(BIN / "fedgestalt"), *arguments]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=240)
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600)
 
 
 @dataclass

@@ -1,8 +1,8 @@
 """A network of its own for every party: Linux namespaces, joined by a router with slow lines.
 
-Everything that is made here carries one prefix and is removed at the end, with the processes in it.
-The sites know the server by one address that no name service needs to resolve; the administrator, in
-the namespace of the caller, has a direct line to it.
+Everything that is made here carries one prefix and is removed at the end, with the processes in
+it. The sites know the server by one address that no name service needs to resolve; the
+administrator, in the namespace of the caller, has a direct line to it.
 """
 
 from __future__ import annotations
@@ -41,12 +41,13 @@ class Line:
     loss: float = 0.0
 
 
-def run(*command: str) -> None:
-    """Run a command; its error output goes into the exception."""
+def run(*command: str) -> str:
+    """Run a command and return its output; its error output goes into the exception."""
     done = subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_SECONDS)
     if done.returncode:
         message = f"{' '.join(command)}: {done.stderr.strip()}"
         raise OSError(message)
+    return done.stdout
 
 
 def why_no_namespaces() -> str:
@@ -126,8 +127,8 @@ class Network(ABC):
     def shape(self, line: Line | None) -> dict[str, dict[str, int]]:
         """Make all lines like ``line``, or fast again.
 
-        Returns bytes that went ``up`` and ``down`` each site's line since the last call, with TLS
-        and whatever else is on it, as far as they are known.
+        Returns bytes that went ``up`` and ``down`` each site's line since the last call, with all
+        that the layers beneath our messages add.
         """
 
     @abstractmethod
@@ -214,9 +215,10 @@ class RelayedNetwork(Network):
     def _open(self) -> None:
         self._ip(ROUTER, "address", "add", f"{self.address}/32", "dev", "lo")
         behind = self._ends(SERVER)[0]
+        command = ["ip", "netns", "exec", self._name(ROUTER), sys.executable, str(RELAY)]
+        command += ["--listen", f"{self.address}:{self.port}", "--to", f"{behind}:{self.port}"]
         self._relay = subprocess.Popen(
-            ["ip", "netns", "exec", self._name(ROUTER), sys.executable, str(RELAY)]
-            + ["--listen", f"{self.address}:{self.port}", "--to", f"{behind}:{self.port}"],
+            command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -227,6 +229,8 @@ class RelayedNetwork(Network):
 class RoutedNetwork(Network):
     """The router routes packets; the kernel's netem delays, loses and paces them."""
 
+    _before: dict[str, dict[str, int]] | None = None
+
     def shape(self, line: Line | None) -> dict[str, dict[str, int]]:
         """See :class:`Network`."""
         for site in self.sites:
@@ -236,7 +240,20 @@ class RoutedNetwork(Network):
                     subprocess.run([*tc, "del", "dev", device, "root"], capture_output=True)
                 else:
                     run(*tc, "replace", "dev", device, "root", *self._discipline(line))
-        return {}
+        before, now = self._before, {site: self._count(site) for site in self.sites}
+        self._before = now
+        return {
+            site: {
+                way: bytes_ - (before[site][way] if before else 0) for way, bytes_ in ways.items()
+            }
+            for site, ways in now.items()
+        }
+
+    def _count(self, site: str) -> dict[str, int]:
+        shown = run("ip", "-n", self._name(ROUTER), "-s", "-j", "link", "show", "dev", site)
+        (device,) = json.loads(shown)
+        counted = device["stats64"]
+        return {"up": counted["rx"]["bytes"], "down": counted["tx"]["bytes"]}
 
     def _discipline(self, line: Line) -> list[str]:
         queue = max(100, round(2 * line.rate * line.round_trip / 1500))

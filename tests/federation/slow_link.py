@@ -6,8 +6,8 @@ Each direction delays by half a round trip and lets through no more than the lin
 no loss: TCP towards either side is local.
 
 It reads one JSON object per line from its input: ``{"round_trip": seconds, "rate": bytes per
-second}``, or ``{}`` for an unhindered line. It answers each with the bytes that it has relayed since
-the last one: ``{site's address: {"up": bytes, "down": bytes}}``. It ends with its input.
+second}``, or ``{}`` for an unhindered line. It answers each with the bytes that it has relayed
+since the last one: ``{site's address: {"up": bytes, "down": bytes}}``. It ends with its input.
 """
 
 from __future__ import annotations
@@ -78,11 +78,10 @@ class Relay:
         onward: asyncio.StreamWriter | None = None
         try:
             back, onward = await asyncio.open_connection(sock=await self._dial())
-            await asyncio.gather(
-                _pump(reader, onward, site.up),
-                _pump(back, writer, site.down),
-            )
-        except OSError:
+            async with asyncio.TaskGroup() as both:
+                both.create_task(_pump(reader, onward, site.up))
+                both.create_task(_pump(back, writer, site.down))
+        except* OSError:
             pass  # either side has gone: so does the connection
         finally:
             for end in (writer, onward):

@@ -38,11 +38,12 @@ MINIMUM_HOSPITALS = 3
 _LIMIT = {"phase_limit_seconds": 900.0}
 TRAINING_DISCLOSURE = (
     "The server learns the weighted mean of the hospitals' updates, the total number of training"
-    " images, the mean loss, accuracy and agreement, and how many values were clipped in all; of one"
-    " hospital its software versions, how far it is with its work, and whether the model agrees with"
-    " far fewer of its labels than with everybody's. A hospital learns the global model. All hospitals but one together could work out"
-    " the last one's update. What only one hospital has, such as a syndrome no other trains on,"
-    " shows in the mean. Mask keys are not signed: a server that replaces keys is not detected."
+    " images, the mean loss, accuracy and agreement, and how many values were clipped in all; of"
+    " one hospital its software versions, how far it is with its work, and whether the model agrees"
+    " with far fewer of its labels than with everybody's. A hospital learns the global model and"
+    " the mean agreement. All hospitals but one together could work out the last one's update. What"
+    " only one hospital has, such as a syndrome no other trains on, shows in the mean. Mask keys"
+    " are not signed: a server that replaces keys is not detected."
 )
 
 

@@ -21,6 +21,7 @@ _FEATURES: Final = ("amx_bf16", "avx512_bf16", "avx512_f", "avx2")
 _LEAST_DISK: Final = 1 << 30
 _LEAST_GPU: Final = 2 << 30
 _SPARE: Final = 1.2
+_BUSY: Final = 0.75
 
 
 @check("machine.cpu")
@@ -31,7 +32,9 @@ def cpu(threads: int | None) -> Iterator[Check]:
     capabilities = torch.cpu.get_capabilities()
     features = [feature for feature in _FEATURES if capabilities.get(feature, False)]
     number = str(trunk_dtype(torch.device("cpu"))).removeprefix("torch.")
-    figures = {"cores": cores, "threads": threads, "number_format": number, "features": features}
+    load = round(os.getloadavg()[0], 1)
+    figures: dict[str, Figure] = {"cores": cores, "threads": threads, "load": load}
+    figures |= {"number_format": number, "features": features}
     if threads and threads > cores:
         what = f"the policy sets {threads} threads, the machine has {counted(cores, 'core')}"
         yield warning("machine.cpu", what, f"set threads to {cores} or fewer", **figures)
@@ -40,6 +43,8 @@ def cpu(threads: int | None) -> Iterator[Check]:
     what = f"{counted(cores, 'core')}, uses {used}; computes in {number}"
     if number == "float32":
         what += " (no native bfloat16 here: about half as fast, same results)"
+    if load > _BUSY * cores:
+        what += f"; busy now (load {load:g}), so that a dry run shows longer times than usual"
     yield ok("machine.cpu", what, **figures)
 
 

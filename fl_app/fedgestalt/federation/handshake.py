@@ -32,7 +32,7 @@ _REMEDIES: Final[Mapping[str, str]] = {
     "start model": "install the same versions of backbone plugins and weights",
     "number plan": "submit the job anew, so that all sites get the same",
 }
-_SHOWN = 12
+_SHOWN, _DIGEST = 12, 64
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def clock_warnings(stated: Mapping[str, Present], received: Mapping[str, float])
 
 def _short(value: str) -> str:
     words = value.split() or ["missing"]
-    return " ".join(word[:_SHOWN] for word in words)
+    return " ".join(word[:_SHOWN] if len(word) == _DIGEST else word[:80] for word in words)
 
 
 def _names(parties: list[str]) -> str:

@@ -13,8 +13,8 @@ from nvflare.apis.fl_context import FLContext
 from nvflare.apis.job_launcher_spec import JobHandleSpec, JobReturnCode
 from nvflare.app_common.job_launcher.client_process_launcher import ClientProcessJobLauncher
 
-_SIGNALLED = 128
-"""Shells add the signal's number to this; Python gives it as a negative code."""
+_SIGNALLED = range(129, 129 + 64)
+"""How shells report a signal; Python gives it as a negative code."""
 
 
 class SiteJobLauncher(ClientProcessJobLauncher):
@@ -38,6 +38,6 @@ class _Handle(JobHandleSpec):
 
     def poll(self) -> Any:
         code = self._inner.adapter.poll()
-        if code is not None and (code < 0 or code > _SIGNALLED):
+        if code is not None and (code < 0 or code in _SIGNALLED):
             return JobReturnCode.UNKNOWN
         return self._inner.poll()

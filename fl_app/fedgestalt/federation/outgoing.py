@@ -44,7 +44,10 @@ class OutgoingGuard(Filter):
             return fault_reply(error)
         except OSError as error:
             return fault_reply(
-                SiteError(f"its record of what leaves it cannot be written ({error.strerror})")
+                SiteError(
+                    f"its record of what leaves it cannot be written ({error.strerror})",
+                    remedy="free disk space for its store; nothing was sent",
+                )
             )
         return shareable
 

@@ -145,7 +145,9 @@ class RevokedCertificates(FLComponent):
             ]
             core_cell.add_incoming_request_filter(_EVERYTHING, _EVERYTHING, self.check_identity)
         except (ConfigError, AttributeError) as error:
-            raise UnsafeComponentError(f"revoked certificates cannot be refused: {error}") from error
+            raise UnsafeComponentError(
+                f"revoked certificates cannot be refused: {error}"
+            ) from error
         if not self._doors:
             message = "revoked certificates cannot be refused: no listener asks for certificates"
             raise UnsafeComponentError(message)

@@ -24,7 +24,10 @@ from fedgestalt.secagg import Aggregate, NumberPlan, SessionFacts, TensorPlan
 METRICS = "metrics/"
 """Prefix of the tensors of metrics that are summed under the masks with the update."""
 
-METRIC_NAMES = ("loss", "accuracy", "agreement")
+METRIC_NAMES = ("loss", "accuracy", "agreement", "measured")
+"""``agreement`` counts where ``measured`` is 1: a site may have no held-out image."""
+UNKNOWN = -1.0
+"""As the mean agreement: no site could measure it."""
 OWN_UPDATE = "this site's update"
 """For :func:`check_update_norm`, before the site masks it."""
 
@@ -33,8 +36,11 @@ _SOMEBODYS = (
     "a site's training has diverged or a site is faulty, and under the masks nobody can tell which:"
     " lower the learning rate, or run the job without one site at a time to find it"
 )
+_MANY_CLIPPED = 0.1
+"""Of one site's values; honest training clips a thousandth at most, even of tiny networks."""
 _STATISTICS = ("running_mean", "running_second_moment")
 _METRICS_RANGE = 16.0
+_SOME_SITE = 1e-4
 _MARGIN = 2.0
 
 
@@ -92,6 +98,18 @@ def check_update_norm(update: SharedState, state: SharedState, bound: float, who
         )
 
 
+def clipping_warning(round_number: int, aggregate: Aggregate, plan: NumberPlan) -> str:
+    """A sentence if so many values were clipped that a site's update cannot have been sound."""
+    clipped = sum(aggregate.clipped.values())
+    if clipped <= _MANY_CLIPPED * plan.words:
+        return ""
+    share = clipped / (plan.words * plan.sites)
+    return (
+        f"round {round_number}: {share:.0%} of all values that the sites sent were larger than the"
+        f" round allows and were cut; {_SOMEBODYS}."
+    )
+
+
 def metric_names(spec: EnsembleSpec) -> list[str]:
     """Tensor names of the metrics of all trained members."""
     return [METRICS + member.name for member in spec.members if member.trainable != "none"]
@@ -101,8 +119,11 @@ def with_metrics(
     update: Mapping[str, NDArray[np.float32]], metrics: Mapping[str, MemberMetrics]
 ) -> SharedState:
     """An update together with its metrics."""
-    values = {METRICS + name: (m.loss, m.accuracy, m.agreement) for name, m in metrics.items()}
-    return {**update, **{name: np.array(three, np.float32) for name, three in values.items()}}
+    values = {
+        METRICS + name: (m.loss, m.accuracy, m.agreement or 0.0, float(m.agreement is not None))
+        for name, m in metrics.items()
+    }
+    return {**update, **{name: np.array(four, np.float32) for name, four in values.items()}}
 
 
 def split_metrics(
@@ -110,11 +131,14 @@ def split_metrics(
 ) -> tuple[SharedState, dict[str, dict[str, float]]]:
     """Take an aggregate apart: mean update, and mean metrics by member."""
     update = {name: values for name, values in mean.items() if not name.startswith(METRICS)}
-    metrics = {
-        name.removeprefix(METRICS): dict(zip(METRIC_NAMES, map(float, values), strict=True))
-        for name, values in mean.items()
-        if name.startswith(METRICS)
-    }
+    metrics = {}
+    for name, values in mean.items():
+        if name.startswith(METRICS):
+            found = dict(zip(METRIC_NAMES, map(float, values), strict=True))
+            measured = found.pop("measured")
+            known = measured > _SOME_SITE
+            found["agreement"] = found["agreement"] / measured if known else UNKNOWN
+            metrics[name.removeprefix(METRICS)] = found
     return update, metrics
 
 

@@ -6,7 +6,7 @@ the site. Every check here is made at the site, before any record or image is re
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -59,7 +59,7 @@ class SiteSettings(Spec):
         " scores of its test images against all images of the others",
     )
     max_update_norm: float = Field(
-        default=10.0,
+        default=1.0,
         gt=0,
         description="largest change of the model in one round, in norms of the model itself; a"
         " larger one, its own or the consortium's, is refused",
@@ -78,8 +78,10 @@ class SiteSettings(Spec):
         if template not in self.jobs:
             raise _refusal(f"does not take part in jobs of the kind {template!r}", "jobs")
 
-    def check_roster(self, site: str, roster: Iterable[str]) -> None:
+    def check_roster(self, site: str, roster: Collection[str]) -> None:
         """Raise SiteError if ``site`` does not work with exactly these sites."""
+        if site not in roster:
+            raise SiteError("the job's roster does not name this site", remedy="submit it again")
         others = sorted(set(roster) - {site})
         strangers = [o for o in others if self.partners and o not in self.partners]
         if strangers:

@@ -17,6 +17,7 @@ from nvflare.apis.signal import Signal
 
 from fedgestalt.cohort import Cohort, read_cohort
 from fedgestalt.errors import FedgestaltError, SiteError
+from fedgestalt.federation.places import place_of
 from fedgestalt.federation.progress import ProgressLog
 from fedgestalt.federation.settings import SiteSettings, read_settings
 from fedgestalt.federation.watch import PING
@@ -37,7 +38,7 @@ class SiteExecutor(Executor):
 
     def __init__(self) -> None:
         super().__init__()
-        self.site = self.job = ""
+        self.site = self.job = self._place = ""
         self.progress: ProgressLog | None = None
         self._settings: SiteSettings | None = None
         self._cohort: Cohort | None = None
@@ -49,12 +50,14 @@ class SiteExecutor(Executor):
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
         """Answer the server's question whether this process is alive, from the start."""
         if event_type == EventType.START_RUN:
+            self._place = place_of(fl_ctx.get_engine().get_workspace().get_root_dir())
             fl_ctx.get_engine().register_aux_message_handler(PING, self._on_ping)
 
     def _on_ping(self, topic: str, request: Shareable, fl_ctx: FLContext) -> Shareable:  # noqa: ARG002
         what, fraction = self.progress.current if self.progress else ("", 0.0)
         reply = make_reply(ReturnCode.OK)
         reply["what"], reply["fraction"] = what, round(fraction, 3)
+        reply["place"] = self._place
         return reply
 
     def execute(
@@ -71,6 +74,13 @@ class SiteExecutor(Executor):
         except FedgestaltError as error:
             self.log_error(fl_ctx, str(error))
             return fault_reply(error)
+        except OSError as error:  # a full disk above all; a path stays in the site's own log
+            self.log_exception(fl_ctx, f"a file cannot be read or written in task {task_name}")
+            why = error.strerror or type(error).__name__
+            remedy = "its own log names the file"
+            return fault_reply(
+                SiteError(f"a file cannot be read or written ({why})", remedy=remedy)
+            )
         except Exception as error:  # noqa: BLE001  a site must always answer
             self.log_exception(fl_ctx, f"unexpected error in task {task_name}")
             return fault_reply(error)

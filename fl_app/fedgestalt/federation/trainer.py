@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -28,7 +29,7 @@ from fedgestalt.federation.training_messages import (
 )
 from fedgestalt.hooks import get_registry
 from fedgestalt.hooks.registry import read_options
-from fedgestalt.learning.data import local_seed, training_set
+from fedgestalt.learning.data import held_out_set, local_seed, training_set
 from fedgestalt.learning.device import choose_device
 from fedgestalt.learning.ensemble import SharedState, build_ensemble, weight_licences
 from fedgestalt.learning.spec import EnsembleSpec
@@ -38,6 +39,7 @@ from fedgestalt.messages import from_server
 from fedgestalt.secagg import KeyOffer, KeyRoster, MaskedVector, SiteSession
 
 log = logging.getLogger(__name__)
+_RARELY = 0.01
 
 
 class EnsembleTrainer(SiteExecutor):
@@ -78,7 +80,8 @@ class EnsembleTrainer(SiteExecutor):
         ensemble = build_ensemble(spec, data.classes, registry)
         device = choose_device(self.settings.device)
         seed, cache = local_seed(spec.seed, self.site), self.store / "cache"
-        self._trainer = LocalTrainer(ensemble, data, device, seed, cache)
+        held_out = held_out_set(self.cohort)
+        self._trainer = LocalTrainer(ensemble, data, device, seed, cache, held_out=held_out)
         facts = training_facts(ensemble, join.roster, join.max_weight, registry)
         return present({**facts, "label map": self.cohort.label_map_digest})
 
@@ -115,14 +118,18 @@ class EnsembleTrainer(SiteExecutor):
 
         new, metrics = trainer.run_round(start.state, start.round, progress)
         update = self._check_step(new, OWN_UPDATE)
-        self._agreement = {name: m.agreement for name, m in metrics.items()}
+        self._agreement = {
+            name: m.agreement for name, m in metrics.items() if m.agreement is not None
+        }
         words = self._plan.encode(with_metrics(update, metrics), len(trainer.data.targets))
         return session.mask(keys, words)
 
     def _check_step(self, new: SharedState, whose: str) -> SharedState:
         """The change from the model that this site was sent last, if it is a sound one."""
         old = self._model
-        if old is None or new.keys() != old.keys():
+        if old is None or {n: v.shape for n, v in new.items()} != {
+            name: values.shape for name, values in old.items()
+        }:
             raise ServerError("the model's tensors changed between rounds", where=self.site)
         update = {name: values - old[name] for name, values in new.items()}
         check_update_norm(update, old, self.settings.max_update_norm, whose)
@@ -138,12 +145,13 @@ class EnsembleTrainer(SiteExecutor):
                 "the published model does not have the digest it names", where=self.site
             )
         own = np.array([self._agreement[name] for name in sorted(self._agreement)])
-        chance = 1 / self._joined.data.classes
-        doubtful = labels_are_doubtful(own, publish.agreement, chance)
+        held_out, chance = self._joined.held_out, 1 / self._joined.data.classes
+        count = len(held_out.targets) if held_out else 0
+        doubtful = labels_are_doubtful(own, publish.agreement, count, chance)
         if doubtful:
             log.warning(
-                "the consortium's model agrees with %.0f %% of this site's labels and %.0f %% of"
-                " all sites' labels: check the lookup table and the diagnoses",
+                "the consortium's model agrees with %.0f %% of this site's held-out labels and"
+                " %.0f %% of all sites': check the lookup table and the diagnoses",
                 *(100 * own.mean(), 100 * publish.agreement.mean()),
             )
         return Published(digest, int(doubtful))
@@ -156,18 +164,29 @@ class EnsembleTrainer(SiteExecutor):
 
 
 def labels_are_doubtful(
-    own: NDArray[np.floating], everybody: NDArray[np.floating], chance: float
+    own: NDArray[np.floating], everybody: NDArray[np.floating], images: int, chance: float
 ) -> bool:
     """Whether the consortium's model agrees with far fewer of one site's labels than with all.
 
+    That is: with less than half as many, and so few that it would come about once in a hundred
+    times at a site like the others (binomial test).
+
     Args:
-        own: (members,) share of the site's training images that each member of the model that came
+        own: (members,) share of the site's held-out images that each member of the model that came
             into the last round classified as labelled.
-        everybody: the same over all sites.
+        everybody: the same over all sites; negative where nobody could measure it.
+        images: how many held-out images the site has.
         chance: agreement of a model that knows nothing; nothing is doubtful before the consortium's
             is twice as good.
     """
-    if own.shape != everybody.shape or not own.size:
+    if own.shape != everybody.shape or not own.size or not images:
         return False
-    usual = float(everybody.mean())
-    return usual > 2 * chance and float(own.mean()) < usual / 2
+    usual, here = float(everybody.mean()), float(own.mean())
+    if not (everybody >= 0).all() or usual <= 2 * chance or here >= usual / 2:
+        return False
+    usual = min(usual, 1.0)
+    right = math.floor(here * images)
+    so_few = sum(
+        math.comb(images, k) * usual**k * (1 - usual) ** (images - k) for k in range(right + 1)
+    )
+    return so_few < _RARELY

@@ -49,7 +49,7 @@ class Publish(Message):
     """Server to sites: the final global model, to keep.
 
     ``agreement`` has one value per trained member, in the order of their names: the share of all
-    sites' training images with which the model that came into the last round agreed.
+    sites' held-out images with which the model that came into the last round agreed.
     """
 
     schema: ClassVar[str] = "fedgestalt.training.publish/2"

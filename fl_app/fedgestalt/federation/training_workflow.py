@@ -23,6 +23,7 @@ from fedgestalt.federation.aggregator import ZeroSumMaskAggregator
 from fedgestalt.federation.handshake import Present
 from fedgestalt.federation.rounds import (
     check_update_norm,
+    clipping_warning,
     exponents_of,
     first_ranges,
     next_ranges,
@@ -75,7 +76,7 @@ class EnsembleTrainingWorkflow(PhasedWorkflow):
         phase_limit_seconds: float = 3600.0,
         start_limit_seconds: float = 120.0,
         silence_limit_seconds: float = 30.0,
-        max_update_norm: float = 10.0,
+        max_update_norm: float = 1.0,
     ) -> None:
         super().__init__(
             sites, phase_limit_seconds, start_limit_seconds, silence_limit_seconds, rounds
@@ -117,6 +118,8 @@ class EnsembleTrainingWorkflow(PhasedWorkflow):
             keys = aggregator.key_roster()
             self.gather(UPDATE, keys, aggregator.accept_vector, abort_signal, fl_ctx)
             aggregate = aggregator.mean()
+            if warning := clipping_warning(number, aggregate, facts.plan):
+                self.status.warn(warning)
             update, metrics = split_metrics(aggregate.mean)
             check_update_norm(update, state, self._max_update_norm, "the mean of all updates")
             state = {name: values + update[name] for name, values in state.items()}

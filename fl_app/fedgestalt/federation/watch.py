@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
+from fedgestalt.federation.places import is_place
+
 log = logging.getLogger(__name__)
 
 PING: Final = "fgm.ping"
@@ -21,7 +23,7 @@ PING_SECONDS: Final = 2.0
 PING_TIMEOUT_SECONDS: Final = 5.0
 
 Ask = Callable[[], Mapping[str, object]]
-"""Asks all sites; returns the answers (``what``, ``fraction``) of those that gave one."""
+"""Asks all sites; returns the answers (what, fraction, place) of those that gave one."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ class SiteWatch:
         self._began = clock()
         self._heard: dict[str, float] = {}
         self._work: dict[str, tuple[str, float]] = {}
+        self._places: dict[str, str] = {}
         self._lock, self._end = threading.Lock(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="site watch", daemon=True)
 
@@ -85,6 +88,9 @@ class SiteWatch:
         """Ask once."""
         for site, answer in self._ask().items():
             if isinstance(answer, Mapping):
+                if is_place(place := answer.get("place")):
+                    with self._lock:
+                        self._places[site] = str(place)
                 what, fraction = answer.get("what"), answer.get("fraction")
                 if (
                     isinstance(what, str)
@@ -118,6 +124,12 @@ class SiteWatch:
                         " killed, ran out of memory, or lost its connection"
                     )
         return found
+
+    @property
+    def places(self) -> dict[str, str]:
+        """Where the sites' job processes run, as far as they have said; see :mod:`.places`."""
+        with self._lock:
+            return dict(self._places)
 
     def state(self, site: str) -> SiteState:
         """What is known of ``site``."""

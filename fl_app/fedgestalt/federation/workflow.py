@@ -25,6 +25,7 @@ from nvflare.widgets.info_collector import GroupInfoCollector, InfoCollector
 import fedgestalt
 from fedgestalt.errors import FedgestaltError, PeerError, ServerError
 from fedgestalt.federation.handshake import Present, check_agreement, clock_warnings
+from fedgestalt.federation.places import PLACES_FILE, compare_places
 from fedgestalt.federation.progress import ProgressLog, write_outcome
 from fedgestalt.federation.status import PROGRESS_COMMAND, JobStatus
 from fedgestalt.federation.watch import PING, PING_TIMEOUT_SECONDS, SiteWatch
@@ -134,6 +135,7 @@ class PhasedWorkflow(Controller):
             }
         finally:
             self._watch.stop()
+        self._compare_places(fl_ctx)
         outcome["warnings"] = self.status.warnings
         outcome["bytes"] = self.status.transferred
         outcome["seconds"] = round(time.time() - started, 2)
@@ -141,6 +143,15 @@ class PhasedWorkflow(Controller):
         self.progress.write("end", status=outcome["status"])
         if outcome["status"] == "failed":
             self.system_panic(outcome["reason"], fl_ctx)
+
+    def _compare_places(self, fl_ctx: FLContext) -> None:
+        """Warn of sites that ran elsewhere than in the last job."""
+        places = self._watch.places if self._watch else {}
+        try:
+            for warning in compare_places(self.folder.parent / PLACES_FILE, places):
+                self.status.warn(warning)
+        except OSError as error:
+            self.log_warning(fl_ctx, f"{PLACES_FILE} cannot be written ({error.strerror})")
 
     def _new_watch(self, fl_ctx: FLContext) -> SiteWatch:
         engine = fl_ctx.get_engine()
@@ -265,7 +276,8 @@ class PhasedWorkflow(Controller):
                 except Exception as error:  # noqa: BLE001  whatever a reply provokes is its fault
                     faults[site] = PeerError(f"its reply raised {type(error).__name__}", site=site)
                 waiting.discard(site)
-                self.status.answered(site, size_of(body(reply)))
+                said = fault_of(reply)
+                self.status.answered(site, len(said.encode()) if said else size_of(body(reply)))
                 if self._watch:
                     self._watch.heard(site)
                 self.progress.write("answer", phase=task_name, site=site)
@@ -292,6 +304,12 @@ class PhasedWorkflow(Controller):
                         return faults
                 if abort_signal.triggered:
                     raise Aborted
+                if time.monotonic() > deadline and patient:
+                    with lock:
+                        for site in waiting:
+                            what = f"no answer within {self._limit:.0f} seconds"
+                            faults[site] = PeerError(what, site=site, remedy="look at its log")
+                        return faults
                 if time.monotonic() > deadline:
                     names = ", ".join(sorted(waiting))
                     raise ServerError(

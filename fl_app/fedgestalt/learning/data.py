@@ -11,6 +11,8 @@ from fedgestalt.errors import DataError
 from fedgestalt.learning.images import load_faces
 from fedgestalt.learning.training import TrainingSet
 
+HELD_OUT_IMAGES = 200
+
 
 def training_set(cohort: Cohort) -> TrainingSet:
     """The training images of a cohort, with class indices in the consortium's order.
@@ -27,6 +29,20 @@ def training_set(cohort: Cohort) -> TrainingSet:
             where=str(cohort.root),
             remedy="use the consortium's lookup table",
         )
+    targets = np.array([index[record.syndrome] for record in records], np.int64)
+    return TrainingSet(load_faces(records), targets, len(cohort.classes))
+
+
+def held_out_set(cohort: Cohort) -> TrainingSet:
+    """Test images of frequent syndromes, at most :data:`HELD_OUT_IMAGES`, spread evenly.
+
+    Raises:
+        DataError: one is damaged.
+    """
+    index = {syndrome: i for i, syndrome in enumerate(cohort.classes)}
+    known = [r for r in cohort.records(cohort.frequent_test) if r.syndrome in index]
+    rows = np.unique(np.linspace(0, len(known) - 1, HELD_OUT_IMAGES).astype(np.int64))
+    records = [known[row] for row in rows] if known else []
     targets = np.array([index[record.syndrome] for record in records], np.int64)
     return TrainingSet(load_faces(records), targets, len(cohort.classes))
 

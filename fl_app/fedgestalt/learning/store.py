@@ -53,8 +53,12 @@ def save_ensemble(folder: Path, ensemble: Ensemble, state: SharedState) -> str:
             temporary.replace(folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-    except OSError as error:
-        raise SiteError(f"the ensemble cannot be stored ({error.strerror})") from None
+    except (OSError, SafetensorError) as error:  # safetensors wraps what the system says
+        why = error.strerror if isinstance(error, OSError) else str(error).rpartition(": ")[2]
+        raise SiteError(
+            f"the ensemble cannot be stored ({why})",
+            remedy="free disk space; ensembles stored earlier are untouched",
+        ) from None
     return digest
 
 

@@ -30,7 +30,7 @@ from fedgestalt.learning.ensemble import (
 from fedgestalt.learning.features import trunk_features
 from fedgestalt.learning.images import Faces, to_input
 
-_AGREEMENT_SAMPLE, _AGREEMENT_BATCH = 256, 32
+_HELD_OUT_BATCH = 32
 
 MemberProgress = Callable[[str, int, int], None]
 """Called with (member, epochs or images done, total)."""
@@ -61,13 +61,14 @@ class MemberMetrics:
 
     Attributes:
         loss, accuracy: means over the last local epoch, dropout and augmentation on.
-        agreement: share of the site's training images (of a sample, if there are many) that the
-            model classified as labelled *before* this round's training.
+        agreement: share of the held-out images that the model classified as labelled *before* this
+            round's training; None if there are none. Training images would not do: a model learns
+            wrong labels by heart.
     """
 
     loss: float
     accuracy: float
-    agreement: float
+    agreement: float | None
 
 
 @dataclass
@@ -81,6 +82,7 @@ class LocalTrainer:
         seed: of augmentation and batch order; differs between sites.
         cache: folder for trunk features; None keeps them in memory.
         features: trunk features by member; computed in the first round unless given.
+        held_out: images that are not trained on; see :attr:`MemberMetrics.agreement`.
     """
 
     ensemble: Ensemble
@@ -89,6 +91,8 @@ class LocalTrainer:
     seed: int
     cache: Path | None = None
     features: dict[str, torch.Tensor] = field(default_factory=dict)
+    held_out: TrainingSet | None = None
+    _held_out_features: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if len(self.data.targets) < 2:
@@ -145,7 +149,7 @@ class LocalTrainer:
         dtype = trunk_dtype(self.device)
         mixed = dtype != torch.float32
         member.to(self.device)
-        agreement = self._agreement(member, index, progress)
+        agreement = self._agreement(member)
         for module in member.trained_parts.values():
             module.train()
         losses, correct, seen = 0.0, 0, 0
@@ -169,27 +173,36 @@ class LocalTrainer:
         member.eval()
         return MemberMetrics(losses / seen, correct / seen, agreement)
 
-    def _agreement(self, member: Member, index: int, progress: MemberProgress) -> float:
+    def _agreement(self, member: Member) -> float | None:
         """See :class:`MemberMetrics`; draws no random numbers."""
-        count = len(self.data.targets)
-        rows = np.unique(np.linspace(0, count - 1, min(count, _AGREEMENT_SAMPLE)).astype(np.int64))
+        held_out = self.held_out
+        if held_out is None or not len(held_out.targets):
+            return None
         dtype = trunk_dtype(self.device)
         correct = 0
         with (
             torch.inference_mode(),
             torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32),
         ):
-            for part in np.array_split(rows, math.ceil(len(rows) / _AGREEMENT_BATCH)):
+            for rows in np.array_split(
+                np.arange(len(held_out.targets)), math.ceil(len(held_out.targets) / _HELD_OUT_BATCH)
+            ):
                 if member.trunk_is_frozen:
-                    features = self._features(member, index, progress)[part, 0].to(self.device)
+                    features = self._held_out(member, held_out)[rows, 0].to(self.device)
                 else:
-                    faces = self.data.faces[part]
-                    features = member.trunk(
-                        to_input(faces, member.input, self.device, torch.float32)
-                    )
+                    faces = to_input(held_out.faces[rows], member.input, self.device, torch.float32)
+                    features = member.trunk(faces)
                 found = member.head(member.neck(features)).argmax(1).cpu().numpy()
-                correct += int((found == self.data.targets[part]).sum())
-        return correct / len(rows)
+                correct += int((found == held_out.targets[rows]).sum())
+        return correct / len(held_out.targets)
+
+    def _held_out(self, member: Member, held_out: TrainingSet) -> torch.Tensor:
+        name = member.spec.name
+        if name not in self._held_out_features:
+            self._held_out_features[name] = trunk_features(
+                member, held_out.faces[:, None], self.device, self.cache
+            )
+        return self._held_out_features[name]
 
     def _batches(
         self, member: Member, index: int, rng: np.random.Generator, progress: MemberProgress

@@ -678,3 +678,14 @@ def test_a_processor_without_bfloat16_is_named_and_no_warning(
     assert found.state == "ok"
     assert found.figures["number_format"] == "float32"
     assert found.figures["features"] == ["avx2"]
+
+
+@pytest.mark.parametrize(("load", "busy"), [(0.5, False), (1000.0, True)])
+def test_a_busy_machine_is_named_for_it_makes_the_dry_run_slow(
+    monkeypatch: pytest.MonkeyPatch, load: float, busy: bool
+) -> None:
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
+    (found,) = machine.cpu(None)
+    assert found.state == "ok"
+    assert ("busy now" in found.what) is busy
+    assert found.figures["load"] == load

@@ -22,9 +22,10 @@ from nvflare.private.fed.app.fl_conf import create_privacy_manager
 
 from fedgestalt.federation.launcher import SiteJobLauncher
 from fedgestalt.federation.outgoing import OutgoingGuard
+from fedgestalt.federation.revocation import RevokedCertificates
 from fedgestalt.federation.settings import read_settings
 from fedgestalt.jobs import JOBS
-from fedgestalt_provisioning.builder import OUR_CLASSES, POLICY_FILE
+from fedgestalt_provisioning.builder import OUR_CLASSES, POLICY_FILE, REVOKED_FILE
 
 SITES = ("bonn", "berlin")
 OURS = {"path": "fedgestalt_provisioning.FedgestaltPolicyBuilder"}
@@ -142,24 +143,24 @@ def component(kits: Path, participant: str, name: str) -> dict[str, Any]:
     return found
 
 
-CHANGED = {"localhost": "job_scheduler", **dict.fromkeys(SITES, "process_launcher")}
-"""The component of each participant that ours may change, but for the sites' limits."""
+CHANGED = {
+    "localhost": ("job_scheduler", "revoked_certificates"),
+    **dict.fromkeys(SITES, ("process_launcher", "resource_manager", "site_log_streamer")),
+}
+"""The components that ours may change, add or take out."""
 
 
 @pytest.mark.parametrize("participant", ["localhost", *SITES])
 def test_the_rest_of_flares_resources_stays(provision: Kits, participant: str) -> None:
     def rest(kits: Path) -> dict[str, Any]:
         content = resources(kits, participant)
-        for key in ("class_allow_list", "class_list_enforcement_mode"):
+        for key in ("class_allow_list", "class_list_enforcement_mode", "allow_log_streaming"):
             content.pop(key, None)
         components = {item["id"]: item for item in content.pop("components")}
-        return content | {k: v for k, v in components.items() if k != CHANGED[participant]}
+        return content | {k: v for k, v in components.items() if k not in CHANGED[participant]}
 
-    before, after = rest(provision(ours=0)), rest(provision(ours=1))
-    limits = {"num_of_gpus": 0, "mem_per_gpu_in_GiB": 0}
-    if participant != "localhost":
-        before["resource_manager"]["args"] |= limits
-    assert after == before
+    assert len(rest(provision(ours=0))) >= 3
+    assert rest(provision(ours=1)) == rest(provision(ours=0))
 
 
 NEW_WITH_EVERY_KIT = {".crt", ".key", ".pem"}
@@ -249,7 +250,7 @@ def test_leads_submit_jobs_and_others_do_not(provision: Kits, role: str, submits
     assert may(provision(ours=1), "bonn", "view", ada)
 
 
-@pytest.mark.parametrize("right", ["clone_job", "manage_job", "download_job"])
+@pytest.mark.parametrize("right", ["clone_job", "manage_job", "download_job", "get_job_log"])
 def test_a_lead_handles_no_job_but_their_own(provision: Kits, right: str) -> None:
     ada, bert = Person("ada", "bonn", "lead"), Person("bert", "bonn", "lead")
     kits = provision(ours=1)
@@ -336,6 +337,22 @@ def test_a_sites_own_policy_wins(chosen: Path) -> None:
     }
 
 
+@pytest.mark.parametrize("site", SITES)
+def test_a_sites_logs_stay_at_the_site(provision: Kits, site: str) -> None:
+    before, after = (resources(provision(ours=number), site) for number in (0, 1))
+    assert before["allow_log_streaming"] is True
+    assert after["allow_log_streaming"] is False
+    assert "site_log_streamer" in {item["id"] for item in before["components"]}
+    assert "site_log_streamer" not in {item["id"] for item in after["components"]}
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_without_a_word_a_site_offers_no_gpu(provision: Kits, site: str) -> None:
+    before, after = (component(provision(ours=n), site, "resource_manager") for n in (0, 1))
+    limits = {"num_of_gpus": 0, "mem_per_gpu_in_GiB": 0}
+    assert after == {**before, "args": {**before["args"], **limits}}
+
+
 def test_a_sites_own_gpus_win(chosen: Path) -> None:
     limits = {site: component(chosen, site, "resource_manager")["args"] for site in SITES}
     assert limits["berlin"]["num_of_gpus"] == 1
@@ -352,6 +369,16 @@ def test_the_server_runs_one_job_at_a_time_unless_told_otherwise(
     scheduler = component(provision(ours=1), "localhost", "job_scheduler")
     assert scheduler["args"]["max_jobs"] == 1
     assert component(chosen, "localhost", "job_scheduler")["args"]["max_jobs"] == 2
+
+
+def test_the_server_looks_for_revoked_certificates_and_begins_with_none(provision: Kits) -> None:
+    kit = provision(ours=1) / "localhost"
+    watcher = component(provision(ours=1), "localhost", "revoked_certificates")
+    assert watcher["path"] == f"{RevokedCertificates.__module__}.{RevokedCertificates.__name__}"
+    authorise(kit, watcher["path"])
+    lines = (kit / "local" / REVOKED_FILE).read_text().splitlines()
+    assert lines
+    assert all(line.startswith("#") for line in lines)
 
 
 def environment(kits: Path, workspace: Path, before: str = "") -> dict[str, str]:
