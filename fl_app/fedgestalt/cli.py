@@ -299,7 +299,7 @@ def job_render(template: str, out: Path, settings: tuple[str, ...]) -> None:
             remedy="add --set ensemble=DIGEST (the training job's outcome.json names it)",
         )
     check_plugins(spec, get_registry())
-    render_job(spec, out)
+    render_job(spec, out, out.resolve().name)
     click.echo(f"{out}: submit it with `nvflare job submit -j {out}`")
 
 

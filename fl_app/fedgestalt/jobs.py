@@ -214,6 +214,7 @@ def _job_files(job: JobSpec, name: str) -> dict[Path, dict[str, Any]]:
         "name": name,
         "notice": RESEARCH_USE_ONLY,
         "min_clients": max(job.minimum_sites, len(job.sites)),
+        "mandatory_clients": list(job.sites),
         "resource_spec": {},
         "deploy_map": {"app": ["server", *job.sites] if job.sites else ["@ALL"]},
     }

@@ -1,8 +1,8 @@
 """A consortium that is founded by executing the guides, as their readers would.
 
 In a guide, a line ``At **party** …:`` says where the console block after it runs, and a line
-``**Send** `pattern` from … to …`` says which files travel. Nothing else is taken from it. Each party
-has a folder: its machine, and its home. A shell variable that is not set is an error.
+``**Send** `pattern` from … to …`` says which files travel. Nothing else is taken from it. Each
+party has a folder: its machine, and its home. A shell variable that is not set is an error.
 """
 
 from __future__ import annotations
@@ -69,7 +69,9 @@ def steps(guide: str, heading: str) -> list[Block | Sending]:
 def _steps(text: str) -> Iterator[Block | Sending]:
     party = ""
     parts = re.split(r"^```(\w*)\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
-    for prose, language, code in zip(parts[::3], [*parts[1::3], ""], [*parts[2::3], ""], strict=True):
+    for prose, language, code in zip(
+        parts[::3], [*parts[1::3], ""], [*parts[2::3], ""], strict=True
+    ):
         for line in prose.splitlines():
             if sending := _SEND.search(line):
                 yield Sending(**sending.groupdict())
@@ -182,7 +184,7 @@ def follow(parties: Parties, path: Sequence[Block | Sending], local: LocalConsor
             local.wait_for(set(local.running) - {local.server.name})
         said = "".join(parties.run(step).values())
         if fingerprint := re.search(r"Fingerprint=(\S+)", said):
-            parties.variables["FINGERPRINT"] = fingerprint[1]
+            parties.variables.setdefault("FINGERPRINT", fingerprint[1])
         printed += said
         while parties.started:
             kit = parties.started.pop(0)
@@ -195,11 +197,17 @@ def follow(parties: Parties, path: Sequence[Block | Sending], local: LocalConsor
 
 @dataclass
 class Founded:
-    """A consortium that was founded as the guide says, and runs."""
+    """A consortium that was founded as the guide says, and runs.
+
+    Attributes:
+        said: what the guide's commands printed.
+        ensemble: digest of an ensemble that it has trained.
+    """
 
     parties: Parties
     local: LocalConsortium
     said: str = ""
+    ensemble: str = ""
     jobs: int = 0
 
     def kit(self, name: str, workspace: str = "workspace") -> Path:

@@ -47,6 +47,7 @@ class Hospitals:
         roles: further administrators: name to role.
         builder: further arguments of the policy Builder.
         host: name or address of the server, under which everybody reaches it.
+        cohort: further arguments of :func:`consortium.tiny_silos`.
     """
 
     folder: Path
@@ -57,12 +58,14 @@ class Hospitals:
     roles: Mapping[str, str] = field(default_factory=dict)
     builder: Mapping[str, Any] = field(default_factory=dict)
     host: str = SERVER
+    cohort: Mapping[str, Any] = field(default_factory=dict)
     jobs: int = 0
 
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.port = free_port()
-        self.silos = tiny_silos(self.folder / "cohort", [*self.sites, *self.spare])
+        names = [*self.sites, *self.spare]
+        self.silos = tiny_silos(self.folder / "cohort", names, **self.cohort)
         (self.folder / "cohort" / "hospitals").rename(self.folder / "data")
         self.write_project()
         done = nvflare("provision", "-p", "project.yml", "-w", "workspace", folder=self.folder)

@@ -1,11 +1,12 @@
-"""A running consortium gains a hospital, replaces a certificate and loses a hospital.
+"""A running consortium gains a hospital, replaces a stolen certificate and loses a hospital.
 
-As the guide says: its commands are executed from its own text. One federation serves all tests, in
-their order.
+All of it as the guide says: its commands are executed from its own text. One federation serves the
+tests, in their order.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import time
@@ -14,35 +15,56 @@ from pathlib import Path
 
 import psutil
 import pytest
-from founding import PROJECT, Block, Founded, Parties, follow, found, steps
-from hospitals import ADMIN, SERVER, SITES, matching, training
+from founding import CENTRAL, PROJECT, Block, Founded, Parties, Sending, follow, found, steps
+from founding import GUIDE as FIRST_GUIDE
+from hospitals import ADMIN, SERVER, SITES, matching, nvflare, training
 
 from fedgestalt.federation.processes import ProcessFamily
+from fedgestalt_provisioning.builder import REVOKED_FILE
 
 pytestmark = pytest.mark.federation
 
 GUIDE = "grow-and-shrink.md"
 NEW, REPLACED, LEAVING = "aachen", "bonn", "leuven"
 EVERYBODY = sorted([*SITES, NEW])
-HEARTBEATS_SECONDS = 30.0
-LAST_TRY_SECONDS = 6.0
-"""A refused client tries again after one, two and four seconds."""
+OWN_POLICY = "max_released_rows: 150"
+REMAINING = [site for site in EVERYBODY if site != LEAVING]
+SOON_SECONDS = 45.0
+"""Several heartbeats, and several tries of a client that is refused, on a busy machine."""
 
 
 @pytest.fixture(scope="module")
 def founded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Founded]:
-    with found(tmp_path_factory.mktemp("growing"), SITES, [NEW]) as consortium:
-        kits = {name: str(consortium.kit(name)) for name in (SERVER, ADMIN, *SITES, NEW)}
-        for name, kit in kits.items():
-            consortium.parties.own[name]["KIT"] = kit
+    with found(tmp_path_factory.mktemp("growing"), SITES, spare=[NEW]) as consortium:
+        for name in (SERVER, ADMIN, *SITES, NEW):
+            consortium.parties.own[name]["KIT"] = str(consortium.kit(name))
         yield consortium
 
 
-def concern(founded: Founded, site: str) -> None:
+@pytest.fixture(scope="module")
+def provisioner(tmp_path_factory: pytest.TempPathFactory) -> Parties:
+    """Somebody who provisions for all, and has done it once."""
+    roles = {role: ["provisioner"] for role in ("the lead", "the provisioner")}
+    variables = {"SERVER": SERVER, "PORT": "18002"}
+    parties = Parties(tmp_path_factory.mktemp("central"), roles, variables)
+    for block in blocks(FIRST_GUIDE, CENTRAL):
+        parties.run(block)
+    return parties
+
+
+def blocks(guide: str, heading: str) -> list[Block]:
+    """The console blocks under a heading under which no files travel."""
+    path = steps(guide, heading)
+    assert not any(isinstance(step, Sending) for step in path)
+    return [step for step in path if isinstance(step, Block)]
+
+
+def concern(founded: Founded, site: str) -> Parties:
     """Let everybody's ``SITE`` be the hospital concerned."""
     for own in founded.parties.own.values():
         own["SITE"] = site
     founded.parties.variables["SITE"] = site
+    return founded.parties
 
 
 def configuration(kit: Path) -> dict[str, str]:
@@ -52,83 +74,181 @@ def configuration(kit: Path) -> dict[str, str]:
 
 
 def server_process(founded: Founded) -> psutil.Process:
-    return founded.local.running[SERVER].members()[0]
+    """The server's process, as the system knows it; equal only to itself."""
+    process = founded.local.running[SERVER].members()[0]
+    assert process.is_running()
+    return process
 
 
-def gone(founded: Founded, site: str, seconds: float = HEARTBEATS_SECONDS) -> bool:
-    """Whether a site disappears within some seconds."""
-    deadline = time.monotonic() + seconds
+def wait_until_gone(founded: Founded, site: str) -> None:
+    deadline = time.monotonic() + SOON_SECONDS
     while site in founded.local.session.connected_sites():
-        if time.monotonic() > deadline:
-            return False
+        assert time.monotonic() < deadline, f"{site} is still connected"
         time.sleep(0.3)
-    return True
 
 
-def wait_for_line(log: Path, line: str, after: int, seconds: float = HEARTBEATS_SECONDS) -> None:
-    """Wait until a line appears in a log, beyond its first ``after`` bytes."""
-    deadline = time.monotonic() + seconds
-    while line.encode() not in log.read_bytes()[after:]:
-        assert time.monotonic() < deadline, f"no {line!r} in {log}"
+@contextlib.contextmanager
+def server_says(founded: Founded, line: str) -> Iterator[None]:
+    """The server writes a new line with these words into its log before long."""
+    log = founded.local.running[SERVER].log
+    known = log.stat().st_size
+    yield
+    deadline = time.monotonic() + SOON_SECONDS
+    while line.encode() not in log.read_bytes()[known:]:
+        assert time.monotonic() < deadline, f"no {line!r} in {log.read_bytes()[known:].decode()}"
         time.sleep(0.3)
+
+
+@contextlib.contextmanager
+def intruder(founded: Founded, kit: Path) -> Iterator[ProcessFamily]:
+    """Another process with a kit of that name, beside the site's own if that runs."""
+    own = founded.local.running.get(kit.name)
+    other = founded.local.start(kit)
+    if own:
+        founded.local.running[kit.name] = own
+    else:
+        del founded.local.running[kit.name]
+    try:
+        yield other
+    finally:
+        other.end()
 
 
 def test_a_fourth_hospital_joins_and_nobody_else_changes(founded: Founded) -> None:
     others = (SERVER, ADMIN, *SITES)
     before = {name: configuration(founded.kit(name)) for name in others}
     server = server_process(founded)
-    founded.parties.roles["the new hospital"] = [NEW]
-    concern(founded, NEW)
-    follow(founded.parties, steps(GUIDE, "## Add a hospital")[:6], founded.local)
+    parties = concern(founded, NEW)
+    parties.roles["the new hospital"] = [NEW]
+
+    follow(parties, steps(GUIDE, "### Each party for itself"), founded.local)
     founded.local.wait_for(EVERYBODY)
+
     trained = founded.run(training(rounds=1))
     assert (trained["status"], trained["sites"]) == ("completed", EVERYBODY)
-    matched = founded.run(matching(trained["ensemble"]))
-    assert (matched["status"], matched["sites"]) == ("completed", EVERYBODY)
-    assert list((founded.store(NEW) / "matches").glob("*.json"))
+    founded.ensemble = trained["ensemble"]
     assert server == server_process(founded)
-    assert server.is_running()
     assert before == {name: configuration(founded.kit(name)) for name in others}
 
 
-def test_a_revoked_certificate_is_refused_at_once_and_the_new_one_works(founded: Founded) -> None:
-    parties, local = founded.parties, founded.local
+def test_a_stolen_certificate_is_refused_while_the_new_one_works(founded: Founded) -> None:
+    parties, local = concern(founded, REPLACED), founded.local
     parties.roles["the hospital"] = [REPLACED]
-    concern(founded, REPLACED)
-    old, new = founded.kit(REPLACED), founded.kit(REPLACED, "workspace-2")
-    parties.own[REPLACED] |= {"OLD": str(old), "KIT": str(new)}
-    (old / "local" / "fedgestalt.yaml").open("a").write("minimum_sites: 4\n")
-    server, log = server_process(founded), local.running[SERVER].log
-    asks, revokes, *renews = steps(GUIDE, "## Replace a certificate")
+    stolen, new = founded.kit(REPLACED), founded.kit(REPLACED, "workspace-2")
+    parties.own[REPLACED] |= {"OLD": str(stolen), "KIT": str(new)}
+    with (stolen / "local" / "fedgestalt.yaml").open("a") as policy:
+        policy.write(f"{OWN_POLICY}\n")
+    server = server_process(founded)
+    path = steps(GUIDE, "## Replace a certificate")
+    asks, revokes, *renews = [s for s in path if getattr(s, "party", "") != "the provisioner"]
     assert isinstance(asks, Block)
     assert isinstance(revokes, Block)
+    refused = f"refused: site '{REPLACED}'"
 
-    said = parties.run(asks)["lead"]
-    parties.variables["REVOKED"] = said.strip()
-    parties.run(revokes)
-    assert gone(founded, REPLACED)
+    (parties.variables["REVOKED"],) = parties.run(asks)["lead"].splitlines()
+    with server_says(founded, refused):
+        parties.run(revokes)
+    wait_until_gone(founded, REPLACED)
     thief = local.running.pop(REPLACED)
-    assert thief.is_running()
-
     try:
+        assert thief.is_running()
         follow(parties, renews, local)
         local.start(new)
         local.wait_for(EVERYBODY)
-        size = log.stat().st_size
-        wait_for_line(log, f"refused: site '{REPLACED}'", size)
-        trained = founded.run(training(rounds=1))
-        assert (trained["status"], trained["sites"]) == ("completed", EVERYBODY)
+        with server_says(founded, refused):  # the thief's process goes on trying
+            matched = founded.run(matching(founded.ensemble))
+        assert (matched["status"], matched["sites"]) == ("completed", EVERYBODY)
+        for site in EVERYBODY:
+            assert list((founded.store(site) / "matches").glob("*.json"))
     finally:
         thief.end()
 
-    size = log.stat().st_size
-    again = local.start(old)  # the thief, once more
-    founded.local.running[REPLACED], thief = renewed(founded, new), again
-    try:
-        wait_for_line(log, f"refused: site '{REPLACED}'", size)
-        assert "Successfully registered" not in again.log.read_text().rpartition("Start NVFlare")[2]
-        assert REPLACED in local.session.connected_sites()
-    finally:
-        thief.end()
+    with intruder(founded, stolen), server_says(founded, refused):
+        pass
+    assert local.running[REPLACED].is_running()
+    assert local.session.connected_sites() == EVERYBODY
     assert server == server_process(founded)
-    assert "minimum_sites: 4" in (new / "local" / "fedgestalt.yaml").read_text()
+    assert OWN_POLICY in (new / "local" / "fedgestalt.yaml").read_text()
+
+
+def test_a_hospital_that_has_left_does_not_come_back(founded: Founded) -> None:
+    parties, local = concern(founded, LEAVING), founded.local
+    parties.roles["each other hospital"] = REMAINING
+    disables, asks, revokes, excludes = blocks(GUIDE, "## Remove a hospital")
+    kit, rejected = founded.kit(LEAVING), f"Reject disabled client registration: {LEAVING}"
+
+    said = parties.run(disables)[ADMIN]
+    assert "credential_revoked: False" in said
+    wait_until_gone(founded, LEAVING)
+    local.stop(LEAVING)
+    with intruder(founded, kit), server_says(founded, rejected):
+        pass
+
+    local.session.close()
+    local.stop(SERVER)
+    local.start_server()
+    with intruder(founded, kit):
+        with server_says(founded, rejected):
+            local.wait_for(REMAINING)
+        assert local.session.connected_sites() == REMAINING
+
+    (parties.variables["REVOKED"],) = parties.run(asks)["lead"].splitlines()
+    parties.run(revokes)
+    with intruder(founded, kit), server_says(founded, f"refused: site '{LEAVING}'"):
+        pass
+
+    parties.own[REPLACED]["KIT"] = str(founded.kit(REPLACED, "workspace-2"))
+    parties.run(excludes)
+    trained = founded.run(training(rounds=1))
+    assert (trained["status"], trained["sites"]) == ("completed", REMAINING)
+
+
+def test_hospitals_refuse_a_roster_with_a_hospital_that_has_left(founded: Founded) -> None:
+    kit, admin = founded.kit(LEAVING), founded.kit(ADMIN)
+    revoked = founded.kit(SERVER) / "local" / REVOKED_FILE
+    lines = revoked.read_text().splitlines(keepends=True)
+    revoked.write_text("".join(line for line in lines if LEAVING not in line))
+    done = nvflare(
+        *("system", "enable-client", LEAVING, "--force", "--startup-kit", str(admin)),
+        folder=founded.parties.home(ADMIN),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    founded.local.start(kit)
+    founded.local.wait_for(EVERYBODY)
+
+    outcome = founded.run(training(rounds=1))
+
+    assert outcome["status"] == "failed"
+    said = json.dumps(outcome)
+    for site in REMAINING:
+        assert f"{site}: this site does not work with {LEAVING}" in said
+    assert "excluded_sites" in said
+
+
+def test_one_who_provisions_for_all_adds_a_hospital_without_changing_kits(
+    provisioner: Parties, founded: Founded
+) -> None:
+    kits = provisioner.home("provisioner") / "workspace" / PROJECT
+    before = {name: configuration(kits / "prod_00" / name) for name in (SERVER, *SITES)}
+    provisioner.variables |= {"SITE": NEW, "ORG": NEW}
+    for block in blocks(GUIDE, "### Where one provisions for all"):
+        provisioner.run(block)
+    for name, digests in before.items():
+        assert configuration(kits / "prod_00" / name) == digests
+        assert configuration(kits / "prod_01" / name) == digests, "the same keys, the same policy"
+    mine, theirs = kits / "prod_01" / NEW, founded.kit(NEW)
+    for name in ("authorization.json", "privacy.json", "resources.json.default"):
+        assert (mine / "local" / name).read_text() == (theirs / "local" / name).read_text()
+
+
+def test_one_who_provisions_for_all_replaces_one_key(provisioner: Parties) -> None:
+    kits = provisioner.home("provisioner") / "workspace" / PROJECT
+    known = len(list(kits.glob("prod_*")))
+    provisioner.variables["SITE"] = REPLACED
+    for block in blocks(GUIDE, "### A new certificate, where one provisions for all"):
+        provisioner.run(block)
+    for name in (SERVER, *SITES):
+        former, newest = (configuration(kits / f"prod_{number:02}" / name) for number in (0, known))
+        changed = {file for file in former if former[file] != newest[file]}
+        expected = {"startup/client.crt", "startup/client.key"} if name == REPLACED else set()
+        assert changed - {"startup/signature.json", "local/signature.json"} == expected

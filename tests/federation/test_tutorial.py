@@ -46,7 +46,7 @@ def test_a_first_time_administrator_gets_from_nothing_to_finished_jobs(tmp_path:
     assert done.returncode == 0, said[-4000:]
     assert said.count(": completed (FINISHED:COMPLETED)") == 2
     assert "Submitted job: " in said
-    assert "Ready." in said
+    assert "\nReady" in said
     (outcome,) = (trial / "results").glob("*/workspace/outcome.json")
     assert json.loads(outcome.read_text())["status"] == "completed"
     for site in ("berlin", "bonn", "leuven"):

@@ -191,7 +191,7 @@ class RevokedCertificates(FLComponent):
         self.logger.warning("refused: %s", error)
 
 
-class Door(ConnMonitor):  # type: ignore[misc]
+class Door(ConnMonitor):
     """Stands between a listener and FLARE's connection manager.
 
     Args:

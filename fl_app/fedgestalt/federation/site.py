@@ -67,6 +67,8 @@ class SiteExecutor(Executor):
         try:
             if self._settings is None:
                 self._begin(fl_ctx)
+            if self.progress:
+                self.progress.current = ("", 0.0)
             handler = self.handlers().get(task_name)
             if handler is None:
                 raise SiteError(f"it knows no task {task_name!r}", remedy="check its version")

@@ -185,7 +185,7 @@ def labels_are_doubtful(
     if not (everybody >= 0).all() or usual <= 2 * chance or here >= usual / 2:
         return False
     usual = min(usual, 1.0)
-    right = math.floor(here * images)
+    right = math.floor(here * images + 1e-6)  # 3 / 47 * 47 is less than 3
     so_few = sum(
         math.comb(images, k) * usual**k * (1 - usual) ** (images - k) for k in range(right + 1)
     )

@@ -36,6 +36,7 @@ class JobView:
         self._live: Live | None = None
         self._last, self._last_time = "", 0.0
         self._shown: set[str] = set()
+        self._reported = False
 
     def __enter__(self) -> JobView:
         """Begin to show."""
@@ -56,6 +57,9 @@ class JobView:
                 self._shown.add(warning)
                 self._console.print(f"[yellow]![/yellow] {warning}", soft_wrap=True)
         line = headline(status, report, self._wanted, connected)
+        if status == "RUNNING" and not report:
+            line = "its processes end" if self._reported else "its processes start"
+        self._reported = self._reported or bool(report)
         if self._live:
             self._live.update(_table(line, report))
             return
@@ -75,7 +79,7 @@ def headline(
             return f"waiting for {', '.join(absent)} to connect (connected: {_list(connected)})"
         return "waiting for the server to start it"
     if not report:
-        return "starting or ending" if status == "RUNNING" else status.lower()
+        return "its processes start or end" if status == "RUNNING" else status.lower()
     parts = [PHASES.get(report["phase"], "starting")]
     if report["rounds"] and report["round"]:
         parts[0] = f"round {report['round']} of {report['rounds']}: {parts[0]}"

@@ -1,0 +1,234 @@
+"""Faults in the processes of one site, and what it takes to watch them.
+
+A site starts with a folder of its own on its PYTHONPATH. The ``sitecustomize`` module in it, which
+Python imports first, patches modules of that site's processes as they are imported. Job processes
+are new for every job, so a fault can come and go without a restart of the site. The files of the
+installed package stay as they are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+from hospitals import Hospitals
+
+import fedgestalt
+from fedgestalt.federation.local import LocalConsortium
+from fedgestalt.jobs import JobSpec
+
+log = logging.getLogger(__name__)
+
+LIMIT_SECONDS = 150.0
+_POLL_SECONDS = 0.1
+_JOB_PROCESSES = ("worker_process", "runner_process")
+
+_SITECUSTOMIZE = '''
+import importlib.machinery
+import sys
+from pathlib import Path
+
+here = Path(__file__).parent
+if (here / "modified").is_dir():
+    sys.path.insert(0, str(here / "modified"))
+
+
+class Faults:
+    """Loads modules as usual, then patches those that the fault names."""
+
+    patches = {}
+
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        if name not in cls.patches:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
+        load = spec.loader.exec_module
+
+        def load_and_patch(module):
+            load(module)
+            cls.patches[name](module)
+
+        spec.loader.exec_module = load_and_patch
+        return spec
+
+
+if (here / "fault.py").exists():
+    fault = {}
+    exec((here / "fault.py").read_text(), fault)
+    Faults.patches = fault["PATCHES"]
+    sys.meta_path.insert(0, Faults)
+'''
+
+CHANGED_ROUND = """
+import time
+import numpy as np
+
+def changed_round(module):
+    run_round = module.LocalTrainer.run_round
+    def changed(self, state, number, progress):
+        {before}
+        new, metrics = run_round(self, state, number, progress)
+        return {{name: {new} for name, values in new.items()}}, metrics
+    module.LocalTrainer.run_round = changed
+
+PATCHES = {{"fedgestalt.learning.training": changed_round}}
+"""
+"""Training of a round that does something before it, or returns other values."""
+
+NOT_A_NUMBER = CHANGED_ROUND.format(before="", new="values * np.float32('nan')")
+POISON = CHANGED_ROUND.format(
+    before="", new="(state[name] + 1e6 * (values - state[name])).astype(np.float32)"
+)
+UNCHECKED = """
+def unchecked(module):
+    module.check_update_norm = lambda *arguments: None
+
+PATCHES["fedgestalt.federation.trainer"] = unchecked
+"""
+OLD_VERSION = """
+def old_version(module):
+    module.__version__ = "0.0.9"
+
+PATCHES = {"fedgestalt": old_version}
+"""
+WRONG_CLOCK = """
+import time
+
+real, PATCHES = time.time, {{}}
+time.time = lambda: real() + {seconds}
+"""
+
+
+def slow(seconds: float) -> str:
+    """A round takes so much longer."""
+    return CHANGED_ROUND.format(before=f"time.sleep({seconds})", new="values")
+
+
+@dataclass
+class Patient:
+    """One site's folder of faults."""
+
+    folder: Path
+
+    def __post_init__(self) -> None:
+        self.folder.mkdir(parents=True)
+        (self.folder / "sitecustomize.py").write_text(_SITECUSTOMIZE)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """For the site's process."""
+        return {"PYTHONPATH": str(self.folder)}
+
+    @contextlib.contextmanager
+    def suffers(self, fault: str) -> Iterator[None]:
+        """Every process that the site starts meanwhile has this fault."""
+        (self.folder / "fault.py").write_text(fault)
+        try:
+            yield
+        finally:
+            (self.folder / "fault.py").unlink()
+
+    @contextlib.contextmanager
+    def has_other_files(self) -> Iterator[None]:
+        """Every process that the site starts meanwhile runs a copy that was edited."""
+        source, copy = Path(fedgestalt.__file__).parent, self.folder / "modified" / "fedgestalt"
+        shutil.copytree(source, copy, ignore=shutil.ignore_patterns("__pycache__"))
+        with (copy / "secagg" / "plan.py").open("a") as file:
+            file.write("\n# edited at this site\n")
+        try:
+            yield
+        finally:
+            shutil.rmtree(copy.parent)
+
+
+@dataclass
+class Ward:
+    """A consortium whose sites can fall ill.
+
+    Attributes:
+        hospitals: the consortium.
+        local: its processes.
+        patients: folders of faults, by site.
+    """
+
+    hospitals: Hospitals
+    local: LocalConsortium
+    patients: dict[str, Patient] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for site in self.hospitals.sites:
+            self.patients[site] = Patient(self.hospitals.folder / "faults" / site)
+
+    def start(self, site: str) -> None:
+        """Start a site, with its folder of faults."""
+        self.local.start(self.hospitals.kit(site), self.patients[site].environment)
+
+    def submit(self, job: JobSpec) -> str:
+        """Submit a job; returns its id."""
+        return self.local.session.submit(self.hospitals.render(job))
+
+    def run(self, job: JobSpec, **arguments: Any) -> dict[str, Any]:
+        """Run a job to its end; see :meth:`Hospitals.run`."""
+        return self.hospitals.run(self.local, job, **arguments)
+
+    def wait_until_only(self, site: str, job: str) -> None:
+        """Wait until all sites but one have trained their round."""
+
+        def alone() -> bool:
+            report = self.local.session.progress(job)
+            working = [s for s, e in report.get("sites", {}).items() if e["state"] == "working"]
+            return report.get("phase") == "fgm_update" and working == [site]
+
+        until(alone, f"{site} to be the last one that trains")
+
+    def ended(self, job: str, limit_seconds: float = LIMIT_SECONDS) -> dict[str, Any]:
+        """Wait for the end of a job; its outcome with FLARE's status as ``flare``."""
+        status = self.local.session.watch(job, ignore, 0.3, limit_seconds)
+        return {**self.local.session.outcome(job), "flare": status}
+
+    def job_processes(self, *parties: str) -> list[int]:
+        """Processes of jobs that run now."""
+        found = []
+        for party in parties or tuple(self.local.running):
+            for process in self.local.running[party].members():
+                with contextlib.suppress(psutil.Error):
+                    if any(name in " ".join(process.cmdline()) for name in _JOB_PROCESSES):
+                        found.append(process.pid)
+        return found
+
+    def log(self, party: str) -> str:
+        """What FLARE wrote at a site or at the server."""
+        return log_of(self.hospitals.kit(party))
+
+
+def ignore(status: str, report: Mapping[str, Any]) -> None:
+    """Show nothing."""
+
+
+def measured(what: str, seconds: float) -> None:
+    """Note a time for the documents; ``pytest --log-cli-level=INFO`` shows it."""
+    log.info("measured: %s after %.1f seconds", what, seconds)
+
+
+def log_of(kit: Path) -> str:
+    """The console of a kit's process."""
+    log = kit / "console.log"
+    return log.read_text(errors="replace") if log.exists() else ""
+
+
+def until(happens: Callable[[], object], what: str, limit_seconds: float = LIMIT_SECONDS) -> float:
+    """Wait for something; returns the seconds it took."""
+    started = time.monotonic()
+    while not happens():
+        waited = time.monotonic() - started
+        assert waited < limit_seconds, f"waited {waited:.0f} seconds for {what}"
+        time.sleep(_POLL_SECONDS)
+    return time.monotonic() - started
