@@ -242,8 +242,9 @@ def read_options(model: type[ModelT], values: Mapping[str, object], *, where: st
 
 
 def config_error(error: ValidationError, model: type[BaseModel], where: str) -> ConfigError:
-    """One sentence for the first fault that pydantic found."""
-    first = error.errors(include_url=False)[0]
+    """One sentence for the first fault that pydantic found; a misspelt key before a missing one."""
+    faults = error.errors(include_url=False)
+    first = min(faults, key=lambda fault: fault["type"] != "extra_forbidden")
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         known = _known_keys(model, first["loc"][:-1])
