@@ -370,6 +370,8 @@ def _tell_outcome(said: dict[str, Any], result: Path | None) -> None:
         click.echo(f"reason: {said['reason']}")
     for warning in said.get("warnings", ()):
         click.echo(f"warning: {warning}")
+    if said.get("labels_judged") is False:
+        click.echo("labels: the model is not good enough yet to notice a site with wrong labels")
     if "ensemble" in said:
         click.echo(f"ensemble: {said['ensemble']}")
     if "kernel" in said:

@@ -19,6 +19,8 @@ from founding import CENTRAL, PROJECT, Block, Founded, Parties, Sending, follow,
 from founding import GUIDE as FIRST_GUIDE
 from hospitals import ADMIN, SERVER, SITES, matching, nvflare, training
 
+from fedgestalt.errors import ServerError
+from fedgestalt.federation.admin import AdminSession
 from fedgestalt.federation.processes import ProcessFamily
 from fedgestalt_provisioning.builder import REVOKED_FILE
 
@@ -223,6 +225,16 @@ def test_hospitals_refuse_a_roster_with_a_hospital_that_has_left(founded: Founde
     for site in REMAINING:
         assert f"{site}: this site does not work with {LEAVING}" in said
     assert "excluded_sites" in said
+
+
+def test_an_administrator_who_has_left_cannot_log_in(founded: Founded) -> None:
+    parties = concern(founded, ADMIN)
+    _, asks, revokes, _ = blocks(GUIDE, "## Remove a hospital")
+    AdminSession(founded.kit(ADMIN)).close()
+    (parties.variables["REVOKED"],) = parties.run(asks)["lead"].splitlines()
+    parties.run(revokes)
+    with pytest.raises(ServerError):
+        AdminSession(founded.kit(ADMIN), seconds=4)
 
 
 def test_one_who_provisions_for_all_adds_a_hospital_without_changing_kits(

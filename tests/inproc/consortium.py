@@ -44,7 +44,7 @@ from fedgestalt.federation.training_workflow import EnsembleTrainingWorkflow
 from fedgestalt.federation.workflow import PhasedWorkflow
 from fedgestalt.hooks import get_registry
 from fedgestalt.jobs import JobSpec, TrainingJob
-from fedgestalt.learning.data import local_seed, training_set
+from fedgestalt.learning.data import held_out_set, local_seed, training_set
 from fedgestalt.learning.ensemble import SharedState, build_ensemble
 from fedgestalt.learning.spec import EnsembleSpec, MemberSpec, TrainingSpec
 from fedgestalt.learning.training import LocalTrainer
@@ -74,10 +74,14 @@ def tiny_silos(
     seed: int = 0,
     frequent: int = 3,
     mislabelled: Sequence[str] = (),
+    test_subjects: Mapping[str, int] | None = None,
+    spread: float = 30.0,
 ) -> dict[str, Cohort]:
     """Deal a small cohort: some frequent and 2 rare syndromes; subjects differ in their colours.
 
-    A site that is ``mislabelled`` calls every frequent syndrome by the name of the next one.
+    A site that is ``mislabelled`` calls every frequent syndrome by the name of the next one. It has
+    1 test subject of each, unless ``test_subjects`` says otherwise; ``spread`` is how far the
+    subjects of one syndrome differ.
     """
     rng = np.random.default_rng(seed)
     classes = tuple(range(11, 11 + frequent))
@@ -89,11 +93,12 @@ def tiny_silos(
         images: dict[str, ImageRecord] = {}
         parts: dict[str, list[str]] = {"train": [], "test": [], "rare": []}
         for index, syndrome in enumerate(syndromes):
-            roles = ("rare", "rare") if syndrome > 20 else ("train", "train", "test")
+            tests = ("test",) * (test_subjects or {}).get(site, 1)
+            roles = ("rare", "rare") if syndrome > 20 else ("train", "train", *tests)
             for role in roles:
                 number += 1
                 subject = f"SUBJECT-{number:04d}"
-                base = tints[index] + rng.normal(0, 30, 3)
+                base = tints[index] + rng.normal(0, spread, 3)
                 for shot in range(2):
                     image_id = f"IMAGE-{number:04d}-{shot}"
                     pixels = base + rng.normal(0, 25, (14, 14, 3))
@@ -206,7 +211,7 @@ class Consortium:
         sites: their names.
         settings: of all sites, beside those that they need.
         site_settings: of single sites; they win over ``settings``.
-        frequent, mislabelled: see :func:`tiny_silos`.
+        frequent, mislabelled, test_subjects, spread: see :func:`tiny_silos`.
         on_upload, on_download: stand between the sites and the server.
         jobs: how many have run.
     """
@@ -217,13 +222,20 @@ class Consortium:
     site_settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     frequent: int = 3
     mislabelled: Sequence[str] = ()
+    test_subjects: Mapping[str, int] = field(default_factory=dict)
+    spread: float = 30.0
     on_upload: Tamper = untouched
     on_download: Tamper = untouched
     jobs: int = 0
 
     def __post_init__(self) -> None:
         self.silos = tiny_silos(
-            self.folder, self.sites, frequent=self.frequent, mislabelled=self.mislabelled
+            self.folder,
+            self.sites,
+            frequent=self.frequent,
+            mislabelled=self.mislabelled,
+            test_subjects=self.test_subjects,
+            spread=self.spread,
         )
 
     def store(self, site: str) -> Path:
@@ -324,7 +336,8 @@ def plain_update(consortium: Consortium, run: Run, site: str) -> PlainUpdate:
     spec, data = tiny_ensemble(), training_set(consortium.silos[site])
     torch.set_num_threads(1)
     ensemble = build_ensemble(spec, data.classes, get_registry())
-    trainer = LocalTrainer(ensemble, data, torch.device("cpu"), local_seed(spec.seed, site))
+    seed, held_out = local_seed(spec.seed, site), held_out_set(consortium.silos[site])
+    trainer = LocalTrainer(ensemble, data, torch.device("cpu"), seed, held_out=held_out)
     new, metrics = trainer.run_round(start["state"], 1)
     update = {name: values - start["state"][name] for name, values in new.items()}
     facts = round_facts(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from consortium import BothJobs, Consortium, Run, tiny_ensemble
+from consortium import BothJobs, Consortium, Run, Tamper, tiny_ensemble
 from nvflare.apis.shareable import Shareable
 
 from fedgestalt.federation.trainer import EnsembleTrainer
@@ -135,21 +136,51 @@ def test_a_site_that_was_told_another_model_cannot_join_the_sum(tmp_path: Path) 
     assert "another session" in said
 
 
-def test_a_silent_site_ends_the_job_when_the_phase_limit_is_over(tmp_path: Path) -> None:
-    class Slow(EnsembleTrainer):
-        def _join(self, fields: object):
-            import time
+LIMIT = 6.0
+IMPATIENT = JOB.model_copy(update={"phase_limit_seconds": LIMIT})
 
-            joined = super()._join(fields)
-            if self.site == "leuven":
-                time.sleep(4)
-            return joined
 
-    spec = JOB.executor_arguments()["ensemble"]
-    job = JOB.model_copy(update={"phase_limit_seconds": 3.0})
-    said = reason(Consortium(tmp_path).run(job, lambda: Slow(spec)))
-    assert "no answer from" in said
-    assert "leuven" in said
+def silent(site: str, task: str) -> Tamper:
+    """Holds one reply back until the phase is over; the other sites go on meanwhile."""
+
+    def tamper(sender: str, name: str, data: Shareable) -> Shareable:
+        if (sender, name) == (site, task):
+            time.sleep(LIMIT + 1)
+        return data
+
+    return tamper
+
+
+def test_a_silent_site_ends_the_handshake_when_the_phase_limit_is_over(tmp_path: Path) -> None:
+    consortium = Consortium(tmp_path, on_upload=silent("leuven", "fgm_join"))
+    assert reason(consortium.run(IMPATIENT)) == (
+        "the job cannot start. leuven: no answer within 6 seconds; look at its log;"
+        " nothing was trained or compared."
+    )
+
+
+def test_a_silent_site_does_not_hide_the_refusal_of_another(tmp_path: Path) -> None:
+    consortium = Consortium(
+        tmp_path,
+        sites=("berlin", "bonn", "leuven", "ulm"),
+        site_settings={"bonn": {"jobs": ["match"]}},
+        on_upload=silent("leuven", "fgm_join"),
+    )
+    said = reason(consortium.run(IMPATIENT))
+    bonn, leuven = said.removeprefix("the job cannot start. ").split(" | ")
+    assert bonn.startswith("bonn: this site does not take part in jobs of the kind")
+    assert leuven.startswith("leuven: no answer within 6 seconds; look at its log; nothing was")
+    assert "berlin" not in said
+    assert "ulm" not in said
+
+
+@pytest.mark.parametrize("task", ["fgm_round", "fgm_update", "fgm_publish"])
+def test_a_silent_site_ends_a_later_phase_too(tmp_path: Path, task: str) -> None:
+    said = reason(Consortium(tmp_path, on_upload=silent("leuven", task)).run(IMPATIENT))
+    assert said == (
+        f"phase {task}: no answer from leuven within 6 seconds;"
+        " look at the logs of these sites, or raise phase_limit_seconds."
+    )
 
 
 def test_matching_with_an_ensemble_that_a_site_lacks_names_the_site(both_jobs: BothJobs) -> None:

@@ -15,6 +15,7 @@ from nvflare.apis.shareable import Shareable
 
 from fedgestalt.errors import DataError
 from fedgestalt.federation import site as site_module
+from fedgestalt.federation.wire import fault_of
 from fedgestalt.hooks import get_registry
 from fedgestalt.jobs import MatchingJob, TrainingJob
 
@@ -64,6 +65,30 @@ def test_sites_that_differ_in_different_things_are_named_in_one_reason(tmp_path:
     for site in consortium.sites:
         assert not (consortium.store(site) / "ensembles").exists()
         assert not (consortium.store(site) / "cache").exists()
+
+
+def test_a_refusal_counts_with_the_bytes_of_its_sentence(tmp_path: Path) -> None:
+    sites = ("berlin", "köln", "leuven")
+    policy = {"köln": {"excluded_sites": ["berlin"]}, "leuven": {"excluded_sites": ["köln"]}}
+    run = Consortium(tmp_path, sites=sites, site_settings=policy).run(JOB)
+    faults = {m.site: fault_of(m.reply) for m in run.received}
+    assert "does not work with köln" in faults["leuven"]
+    for site in ("köln", "leuven"):
+        received = run.outcome["bytes"][site]["received_from"]
+        assert received == len(faults[site].encode()) > 50
+    assert run.outcome["bytes"]["leuven"]["received_from"] > len(faults["leuven"])
+
+
+def test_a_site_takes_no_part_in_a_job_whose_roster_leaves_it_out(tmp_path: Path) -> None:
+    def tamper(site: str, task: str, data: Shareable) -> Shareable:
+        if (site, task) == ("bonn", "fgm_join"):
+            data["fedgestalt"]["roster"] = ("berlin", "leuven", "ulm")
+        return data
+
+    consortium = Consortium(tmp_path, site_settings={"bonn": NO_DATA}, on_download=tamper)
+    said = parts(reason(consortium.run(JOB), "fgm_join"))
+    assert said.keys() == {"bonn"}
+    assert said["bonn"].startswith("the job's roster does not name this site; submit it again")
 
 
 # --- before anything is read ---------------------------------------------------------------------

@@ -110,6 +110,16 @@ def clipping_warning(round_number: int, aggregate: Aggregate, plan: NumberPlan) 
     )
 
 
+def can_judge_labels(agreement: NDArray[np.floating], chance: float) -> bool:
+    """Whether the consortium's model is good enough to doubt a site's labels by it.
+
+    Args:
+        agreement: (members,) of the model with all sites' held-out images; negative if unknown.
+        chance: agreement of a model that knows nothing.
+    """
+    return bool(agreement.size and (agreement >= 0).all() and agreement.mean() > 2 * chance)
+
+
 def metric_names(spec: EnsembleSpec) -> list[str]:
     """Tensor names of the metrics of all trained members."""
     return [METRICS + member.name for member in spec.members if member.trainable != "none"]

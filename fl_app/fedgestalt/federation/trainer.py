@@ -15,6 +15,7 @@ from fedgestalt.federation import tasks
 from fedgestalt.federation.handshake import Present, present
 from fedgestalt.federation.rounds import (
     OWN_UPDATE,
+    can_judge_labels,
     check_update_norm,
     round_facts,
     training_facts,
@@ -182,7 +183,7 @@ def labels_are_doubtful(
     if own.shape != everybody.shape or not own.size or not images:
         return False
     usual, here = float(everybody.mean()), float(own.mean())
-    if not (everybody >= 0).all() or usual <= 2 * chance or here >= usual / 2:
+    if not can_judge_labels(everybody, chance) or here >= usual / 2:
         return False
     usual = min(usual, 1.0)
     right = math.floor(here * images + 1e-6)  # 3 / 47 * 47 is less than 3

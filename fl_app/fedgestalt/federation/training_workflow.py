@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 from nvflare.apis.analytix import AnalyticsDataType
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.signal import Signal
@@ -22,6 +23,7 @@ from fedgestalt.errors import ConfigError, PeerError, ServerError
 from fedgestalt.federation.aggregator import ZeroSumMaskAggregator
 from fedgestalt.federation.handshake import Present
 from fedgestalt.federation.rounds import (
+    can_judge_labels,
     check_update_norm,
     clipping_warning,
     exponents_of,
@@ -137,7 +139,12 @@ class EnsembleTrainingWorkflow(PhasedWorkflow):
             self.status.end_round(metrics)
             self._send_metrics(number, record, fl_ctx)
         digest = self._publish(ensemble, state, metrics, abort_signal, fl_ctx)
-        return {"rounds": records, "ensemble": digest, "classes": ensemble.classes}
+        return {
+            "rounds": records,
+            "ensemble": digest,
+            "classes": ensemble.classes,
+            "labels_judged": can_judge_labels(_agreements(metrics), 1 / ensemble.classes),
+        }
 
     def _send_metrics(self, number: int, record: Mapping[str, Any], fl_ctx: FLContext) -> None:
         """Offer the round's means to FLARE's metric receivers (TensorBoard, MLflow and others)."""
@@ -178,7 +185,6 @@ class EnsembleTrainingWorkflow(PhasedWorkflow):
         fl_ctx: FLContext,
     ) -> str:
         digest = save_ensemble(self.folder / "ensemble", ensemble, state)
-        agreement = np.array([metrics[name]["agreement"] for name in sorted(metrics)], np.float32)
 
         def on_reply(site: str, fields: object) -> None:
             published = Published.from_fields(fields, from_site(site))
@@ -191,6 +197,11 @@ class EnsembleTrainingWorkflow(PhasedWorkflow):
                     " diagnoses. It was not left out."
                 )
 
-        message = Publish(digest, state, agreement)
+        message = Publish(digest, state, _agreements(metrics))
         self.gather(PUBLISH, message, on_reply, abort_signal, fl_ctx)
         return digest
+
+
+def _agreements(metrics: Mapping[str, Mapping[str, float]]) -> NDArray[np.float32]:
+    """The mean agreement of each trained member, in the order of their names."""
+    return np.array([metrics[name]["agreement"] for name in sorted(metrics)], np.float32)

@@ -136,6 +136,37 @@ def test_versions_of_a_plugin_are_shown_with_all_their_words_cut() -> None:
     assert f" fedgestalt 0.1.0 {'a' * 12} (" in said
 
 
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        ("d" * 64, "d" * 12),
+        ("d" * 63, "d" * 63),
+        ("d" * 65, "d" * 65),
+        ("w" * 80, "w" * 80),
+        ("w" * 81, "w" * 80),
+        ("", "missing"),
+        ("   ", "missing"),
+        ("not-a-digest-but-long-enough-to-be-cut", "not-a-digest-but-long-enough-to-be-cut"),
+        (
+            f"some-distribution-with-a-name 0.1.0.dev20+g0123456 {'e' * 64}",
+            f"some-distribution-with-a-name 0.1.0.dev20+g0123456 {'e' * 12}",
+        ),
+    ],
+)
+def test_digests_alone_are_cut_short(value: str, shown: str) -> None:
+    said = complaint({}, stated(bonn={"label map": value}))
+    assert f"bonn: label map is {shown}, with berlin, leuven {'b' * 12} (" in said
+
+
+def test_versions_that_differ_in_their_last_letters_look_different() -> None:
+    usual, other = "0.1.0.dev20+g0123456.a", "0.1.0.dev20+g0123456.b"
+    said = complaint(
+        {"fedgestalt": usual},
+        {site: Present({"fedgestalt": other if site == "bonn" else usual}, 0) for site in SITES},
+    )
+    assert f"fedgestalt is {other}, with berlin, leuven, the server {usual} (" in said
+
+
 # --- refusals ------------------------------------------------------------------------------------
 
 

@@ -39,7 +39,7 @@ class Ended(ProcessAdapter):
 
 @pytest.mark.parametrize(
     "code",
-    [-signal.SIGKILL, -signal.SIGTERM, -signal.SIGSEGV, -1, 128 + 9, 128 + 15],
+    [-signal.SIGKILL, -signal.SIGTERM, -signal.SIGSEGV, -1, 129, 128 + 9, 128 + 15, 192],
 )
 def test_a_death_by_signal_is_unknown(code: int) -> None:
     assert _Handle(ProcessHandle(process_adapter=Ended(code))).poll() == JobReturnCode.UNKNOWN
@@ -59,6 +59,8 @@ def test_flare_alone_would_call_it_an_error_of_the_whole_job() -> None:
         (2, JobReturnCode.EXECUTION_ERROR),
         (ProcessExitCode.CONFIG_ERROR, JobReturnCode.EXECUTION_ERROR),
         (128, JobReturnCode.EXECUTION_ERROR),
+        (193, JobReturnCode.EXECUTION_ERROR),
+        (255, JobReturnCode.EXECUTION_ERROR),
         (None, JobReturnCode.UNKNOWN),
     ],
 )

@@ -14,6 +14,7 @@ from fedgestalt.errors import ServerError, SiteError
 from fedgestalt.federation.rounds import (
     METRIC_NAMES,
     OWN_UPDATE,
+    UNKNOWN,
     check_update_norm,
     exponents_of,
     first_ranges,
@@ -160,7 +161,90 @@ def test_metrics_come_back_from_the_mean_by_name() -> None:
 
 
 def test_metrics_have_the_names_of_their_fields() -> None:
-    assert list(METRIC_NAMES) == list(MemberMetrics.__dataclass_fields__)
+    assert [*METRIC_NAMES] == [*MemberMetrics.__dataclass_fields__, "measured"]
+
+
+def mean_of(*sites: tuple[float, float | None]) -> dict[str, float]:
+    """Mean metrics of sites, each with its share of all images and its agreement, through a sum."""
+    metrics = [with_metrics({}, {"a": MemberMetrics(1.0, 0.5, found)}) for _, found in sites]
+    shares = [share for share, _ in sites]
+    mean = sum(share * said["metrics/a"] for share, said in zip(shares, metrics, strict=True))
+    _, found = split_metrics({"metrics/a": np.array(mean, np.float32)})
+    assert found["a"].keys() == {"loss", "accuracy", "agreement"}
+    return found["a"]
+
+
+def test_the_mean_agreement_weighs_sites_by_their_images() -> None:
+    assert mean_of((0.25, 1.0), (0.75, 0.0))["agreement"] == pytest.approx(0.25)
+
+
+def test_a_site_that_measured_nothing_does_not_spoil_the_mean() -> None:
+    found = mean_of((0.25, 0.9), (0.25, 0.5), (0.5, None))
+    assert found["agreement"] == pytest.approx(0.7)
+    assert (found["loss"], found["accuracy"]) == (1.0, 0.5)
+
+
+def test_no_agreement_at_all_is_not_the_same_as_none_measured() -> None:
+    assert mean_of((0.5, 0.0), (0.5, None))["agreement"] == 0
+    assert mean_of((0.5, None), (0.5, None))["agreement"] == UNKNOWN
+
+
+def test_a_few_images_of_very_many_are_enough_to_measure() -> None:
+    assert mean_of((0.001, 0.75), (0.999, None))["agreement"] == pytest.approx(0.75)
+
+
+def test_what_fixed_point_leaves_of_nothing_is_unknown() -> None:
+    mean = {"metrics/a": np.array([1.0, 0.5, 3e-7, 2e-7], np.float32)}
+    assert split_metrics(mean)[1]["a"]["agreement"] == UNKNOWN
+
+
+@given(
+    sites=st.lists(
+        st.tuples(st.integers(1, 1000), st.none() | st.floats(0, 1)), min_size=1, max_size=8
+    )
+)
+def test_the_mean_agreement_is_that_of_the_sites_that_measured(
+    sites: list[tuple[int, float | None]],
+) -> None:
+    total = sum(images for images, _ in sites)
+    known = [(images, found) for images, found in sites if found is not None]
+    found = mean_of(*((images / total, found) for images, found in sites))["agreement"]
+    if sum(images for images, _ in known) / total > 2e-4:
+        usual = sum(images * said for images, said in known) / sum(images for images, _ in known)
+        assert found == pytest.approx(usual, abs=1e-4)
+    elif not known:
+        assert found == UNKNOWN
+
+
+@pytest.mark.parametrize("agreements", [(0.9, 0.3, 0.6), (0.9, None, 0.6), (None, None, None)])
+def test_the_mean_agreement_survives_the_fixed_point_sum(
+    agreements: tuple[float | None, ...],
+) -> None:
+    built = ensemble()
+    start = read_shared_state(built)
+    plan = round_facts(
+        job="j",
+        attempt=1,
+        round_number=1,
+        state=start,
+        exponents=exponents_of(first_ranges(start, built.spec)),
+        max_weight=4096,
+        roster=ROSTER,
+        spec=built.spec,
+    ).plan
+    still = {name: np.zeros_like(values) for name, values in start.items()}
+    words = [
+        plan.encode(with_metrics(still, {"scratch": MemberMetrics(1.0, 0.5, found)}), weight)
+        for found, weight in zip(agreements, (200, 30, 100), strict=True)
+    ]
+    aggregate = plan.decode(np.add.reduce(words, dtype=np.uint32))
+    found = split_metrics(aggregate.mean)[1]["scratch"]["agreement"]
+    known = [(a, w) for a, w in zip(agreements, (200, 30, 100), strict=True) if a is not None]
+    if known:
+        usual = sum(a * w for a, w in known) / sum(w for _, w in known)
+        assert found == pytest.approx(usual, abs=2e-3)
+    else:
+        assert found == UNKNOWN
 
 
 # --- the plan of a round -------------------------------------------------------------------------

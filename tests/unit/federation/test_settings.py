@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from fedgestalt.errors import ConfigError, SiteError
 from fedgestalt.federation.settings import ALL_ROWS, FILE_NAME, SiteSettings, read_settings
 from fedgestalt.hooks import get_registry
-from fedgestalt.jobs import JOBS
+from fedgestalt.jobs import JOBS, TrainingJob
 from fedgestalt.learning.ensemble import weight_licences
 from fedgestalt.learning.spec import default_ensemble
 
@@ -42,6 +42,7 @@ def test_defaults_are_careful(local: Path) -> None:
     assert not settings.evaluation_release
     assert settings.device == "auto"
     assert settings.max_released_rows == 200
+    assert settings.max_update_norm == 1.0
     assert not any("NC" in licence for licence in settings.weight_licences)
 
 
@@ -202,6 +203,20 @@ def test_a_partner_that_is_excluded_stays_excluded() -> None:
             "bonn", ("bonn", "ulm", "kiel")
         )
     refusal(fault, "excluded_sites")
+
+
+def test_the_default_job_asks_for_no_larger_update_than_a_site_takes() -> None:
+    assert TrainingJob().max_update_norm == policy().max_update_norm
+
+
+@pytest.mark.parametrize(
+    "roster", [(), ("ulm", "kiel", "essen"), ("ulm", "kiel", "Bonn"), ("ulm", "kiel", "bonn2")]
+)
+def test_a_site_takes_no_part_in_a_job_that_does_not_name_it(roster: tuple[str, ...]) -> None:
+    with pytest.raises(SiteError) as fault:
+        policy(partners=("berlin",)).check_roster("bonn", roster)
+    assert fault.value.what == "the job's roster does not name this site"
+    assert fault.value.remedy == "submit it again"
 
 
 @pytest.mark.parametrize("roster", [("bonn", "ulm"), ("bonn", "ulm", "ulm")])

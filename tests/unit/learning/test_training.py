@@ -44,9 +44,9 @@ def build(*trainable: Any, **changes: Any) -> Ensemble:
     return build_ensemble(EnsembleSpec(members=members), 2, get_registry())
 
 
-def easy_set(images: int = 8, classes: int = 2) -> TrainingSet:
+def easy_set(images: int = 8, classes: int = 2, seed: int = 0) -> TrainingSet:
     """Two classes: one dark above, the other dark below."""
-    faces = np.random.default_rng(0).integers(0, 120, (images, 112, 112, 3), np.uint8)
+    faces = np.random.default_rng(seed).integers(0, 120, (images, 112, 112, 3), np.uint8)
     targets = np.arange(images) % 2
     for face, target in zip(faces, targets, strict=True):
         (face[:56] if target else face[56:])[:] += 120
@@ -266,7 +266,25 @@ def test_weights_lie_between_a_half_and_one_and_shrink_with_the_class(
     assert (np.diff(weights[present].numpy()[order]) <= 0).all()
 
 
-# --- agreement with the labels -------------------------------------------------------------------
+# --- agreement with the labels of held-out images ------------------------------------------------
+
+
+def others() -> TrainingSet:
+    """Images that are not trained on; more than fit into one batch."""
+    return easy_set(images=40, seed=1)
+
+
+def mislabelled(data: TrainingSet) -> TrainingSet:
+    return TrainingSet(data.faces, 1 - data.targets, data.classes)
+
+
+def measuring(
+    ensemble: Ensemble,
+    held_out: TrainingSet | None,
+    data: TrainingSet | None = None,
+    cache: Path | None = None,
+) -> LocalTrainer:
+    return LocalTrainer(ensemble, data or easy_set(), CPU, 1, cache, held_out=held_out)
 
 
 def trained_state(ensemble: Ensemble, rounds: int = 6) -> SharedState:
@@ -276,66 +294,113 @@ def trained_state(ensemble: Ensemble, rounds: int = 6) -> SharedState:
     return state
 
 
+def agreement(learner: LocalTrainer, state: SharedState, number: int = 7) -> float | None:
+    """Of the only trained member."""
+    _, metrics = learner.run_round(state, number)
+    (found,) = metrics.values()
+    return found.agreement
+
+
 @pytest.mark.parametrize("trainable", ["neck", "all"])
 def test_a_trained_model_agrees_with_right_labels_and_not_with_permuted_ones(
     trainable: str,
 ) -> None:
-    ensemble, right = build(trainable), easy_set()
+    ensemble = build(trainable)
     state = trained_state(ensemble)
-    wrong = TrainingSet(right.faces, 1 - right.targets, right.classes)
-    found = {}
-    for name, data in (("right", right), ("wrong", wrong)):
-        _, metrics = LocalTrainer(ensemble, data, CPU, 1).run_round(state, 7)
-        found[name] = metrics[f"m-{trainable}"].agreement
-    assert found["right"] >= 0.75
-    assert found["wrong"] <= 0.25
-    assert found["right"] + found["wrong"] == pytest.approx(1)
+    right = agreement(measuring(ensemble, others()), state)
+    wrong = agreement(measuring(ensemble, mislabelled(others())), state)
+    assert right is not None
+    assert right >= 0.75
+    assert wrong == pytest.approx(1 - right)
+
+
+@pytest.mark.parametrize("trainable", ["neck", "all"])
+def test_labels_of_training_images_do_not_count(trainable: str) -> None:
+    ensemble = build(trainable)
+    state = trained_state(ensemble)
+    right = agreement(measuring(ensemble, others()), state)
+    assert agreement(measuring(ensemble, others(), mislabelled(easy_set())), state) == right
 
 
 @pytest.mark.parametrize("trainable", ["neck", "all"])
 def test_the_agreement_is_that_of_the_model_before_the_round(trainable: str) -> None:
-    ensemble, right = build(trainable, epochs=8), easy_set()
+    ensemble = build(trainable, epochs=8)
     state = trained_state(ensemble)
-    wrong = TrainingSet(right.faces, 1 - right.targets, right.classes)
-    learner = LocalTrainer(ensemble, wrong, CPU, 1)
-    state, first = learner.run_round(state, 1)
-    _, second = learner.run_round(state, 2)
-    assert first[f"m-{trainable}"].agreement <= 0.25
-    assert second[f"m-{trainable}"].agreement > first[f"m-{trainable}"].agreement
+    wrong = mislabelled(others())
+    learner = measuring(ensemble, wrong, mislabelled(easy_set()))
+    first = agreement(measuring(ensemble, wrong), state)
+    assert agreement(learner, state, 1) == first
+    for number in (1, 2):
+        state, _ = learner.run_round(state, number)
+    second = agreement(learner, state, 3)
+    assert first is not None
+    assert second is not None
+    assert first <= 0.25
+    assert second > first
+
+
+@pytest.mark.parametrize("held_out", [None, easy_set(images=0)], ids=["none", "empty"])
+def test_a_site_without_held_out_images_measures_nothing_and_trains_as_usual(
+    held_out: TrainingSet | None,
+) -> None:
+    ensemble = build()
+    start = read_shared_state(ensemble)
+    new, metrics = measuring(ensemble, held_out).run_round(start, 1)
+    assert [found.agreement for found in metrics.values()] == [None, None]
+    assert_equal(new, measuring(ensemble, others()).run_round(start, 1)[0])
+
+
+def test_a_single_held_out_image_is_enough() -> None:
+    ensemble = build()
+    learner = measuring(ensemble, easy_set(images=1, seed=1))
+    _, metrics = learner.run_round(read_shared_state(ensemble), 1)
+    assert {found.agreement for found in metrics.values()} <= {0.0, 1.0}
 
 
 def test_the_agreement_is_a_share_and_can_be_repeated() -> None:
     ensemble = build()
     state = read_shared_state(ensemble)
-    first, again = (trainer(ensemble).run_round(state, number)[1] for number in (1, 2))
+    first, again = (measuring(ensemble, others()).run_round(state, number)[1] for number in (1, 2))
     for name, metrics in first.items():
+        assert metrics.agreement is not None
         assert 0 <= metrics.agreement <= 1
-        assert metrics.agreement * 8 == round(metrics.agreement * 8)
+        assert metrics.agreement * 40 == pytest.approx(round(metrics.agreement * 40))
         assert metrics.agreement == again[name].agreement
 
 
-def test_the_agreement_draws_no_random_numbers_and_changes_nothing(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("trainable", ["neck", "all"])
+@pytest.mark.parametrize("size", [1, 7, 40, 1000])
+def test_the_batch_size_does_not_change_the_agreement(
+    monkeypatch: pytest.MonkeyPatch, trainable: str, size: int
 ) -> None:
+    ensemble = build(trainable, epochs=1)
+    state = trained_state(ensemble, rounds=1)
+    data = others()
+    targets = data.targets.copy()
+    targets[:13] = 1 - targets[:13]
+    uneven = TrainingSet(data.faces, targets, data.classes)
+    expected = agreement(measuring(ensemble, uneven), state)
+    monkeypatch.setattr(training_module, "_HELD_OUT_BATCH", size)
+    assert agreement(measuring(ensemble, uneven), state) == expected
+
+
+def test_the_agreement_draws_no_random_numbers_and_changes_nothing() -> None:
     ensemble = build()
     start = read_shared_state(ensemble)
-    with_it, metrics = trainer(ensemble).run_round(start, 1)
-    monkeypatch.setattr(LocalTrainer, "_agreement", lambda *_: 0.5)
-    without, others = trainer(ensemble).run_round(start, 1)
+    with_it, metrics = measuring(ensemble, others()).run_round(start, 1)
+    without, plain = measuring(ensemble, None).run_round(start, 1)
     assert_equal(with_it, without)
     for name, found in metrics.items():
-        assert (found.loss, found.accuracy) == (others[name].loss, others[name].accuracy)
-        assert others[name].agreement == 0.5
+        assert (found.loss, found.accuracy) == (plain[name].loss, plain[name].accuracy)
 
 
 def test_computing_the_agreement_leaves_all_generators_and_the_model_as_they_were() -> None:
     ensemble = build()
-    learner = trainer(ensemble)
-    learner.prepare()
+    learner = measuring(ensemble, others())
     numpy_before, torch_before = np.random.get_state(), torch.get_rng_state()
-    for index, member in enumerate(ensemble.members):
+    for member in ensemble.members:
         before = {name: tensor.clone() for name, tensor in member.state_dict().items()}
-        learner._agreement(member, index, lambda *_: None)
+        assert learner._agreement(member) is not None
         for name, tensor in member.state_dict().items():
             assert torch.equal(tensor, before[name]), name
         assert not any(module.training for module in member.trunk.modules())
@@ -343,17 +408,21 @@ def test_computing_the_agreement_leaves_all_generators_and_the_model_as_they_wer
     assert str(np.random.get_state()) == str(numpy_before)
 
 
-def test_the_agreement_of_a_large_set_is_that_of_a_spread_sample(
-    monkeypatch: pytest.MonkeyPatch,
+def test_features_of_held_out_images_are_computed_once_and_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training_module, "_AGREEMENT_SAMPLE", 4)
-    ensemble = build("neck")
-    state = trained_state(ensemble)
-    data = easy_set()
-    targets = data.targets.copy()
-    targets[3:5] = 1 - targets[3:5]  # rows 0, 2, 4 and 7 are in the sample
-    learner = LocalTrainer(ensemble, TrainingSet(data.faces, targets, 2), CPU, 1)
-    _, metrics = learner.run_round(state, 7)
-    _, whole = LocalTrainer(ensemble, data, CPU, 1).run_round(state, 7)
-    assert whole["m-neck"].agreement == 1
-    assert metrics["m-neck"].agreement == 0.75
+    computed: list[tuple[int, ...]] = []
+    trunk_features = training_module.trunk_features
+
+    def counting(member: Any, variants: Any, *arguments: Any) -> torch.Tensor:
+        computed.append(variants.shape[:2])
+        return trunk_features(member, variants, *arguments)
+
+    monkeypatch.setattr(training_module, "trunk_features", counting)
+    ensemble = build()
+    learner = measuring(ensemble, others(), cache=tmp_path)
+    state = read_shared_state(ensemble)
+    for number in (1, 2):
+        state, _ = learner.run_round(state, number)
+    assert sorted(computed) == [(8, QUICK.variants), (40, 1)], "of the member with a frozen trunk"
+    assert len(list(tmp_path.iterdir())) == 2
