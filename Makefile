@@ -12,8 +12,9 @@ demo: venv  ## the main job: hospitals train and match with one command
 consortium: venv  ## a provisioned consortium on this machine: train, match, add a hospital
 	$(BIN)/fedgestalt consortium
 
-test: venv  ## all tests, the fast ones in parallel
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+test: venv  ## all tests: the fast ones in parallel, then those that start FLARE's processes
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not federation"
+	$(BIN)/python -m pytest -p no:xdist -m federation
 
 lint: venv  ## format, lint, types
 	$(BIN)/ruff format --check .

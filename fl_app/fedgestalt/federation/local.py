@@ -67,6 +67,9 @@ class LocalConsortium:
         Raises:
             ServerError: it does not come up.
         """
+        if self._session:  # of a server that has ended: its threads would outlive this process
+            self._session.close()
+            self._session = None
         family = self.start(self.server)
         deadline = time.monotonic() + UP_SECONDS
         while True:
