@@ -60,6 +60,8 @@ def trained(hospitals: Hospitals, local: LocalConsortium) -> dict[str, Any]:
             reports.append(report)
             if not stats and report["phase"]:
                 stats.update(local.session.stats(job))
+                said = nvflare("job", "stats", job, "--startup-kit", str(kit), folder=kit)
+                stats["printed"] = said.stdout
 
     local.session.watch(job, look, 0.3, LIMIT_SECONDS)
     keep = hospitals.folder / "kept"
@@ -89,8 +91,13 @@ def test_progress_names_round_phase_sites_and_bytes(trained: dict[str, Any]) -> 
 
 
 def test_show_stats_of_flare_carries_the_same_report(trained: dict[str, Any]) -> None:
-    (server,) = trained["stats"].values()
-    assert server["fedgestalt"]["schema"] == "fedgestalt.progress/1"
+    assert trained["stats"]["server"]["fedgestalt"]["schema"] == "fedgestalt.progress/1"
+
+
+def test_nvflare_job_stats_prints_it(trained: dict[str, Any]) -> None:
+    printed = trained["stats"]["printed"]
+    for word in ("fedgestalt", "rounds", "received_from", *SITES):
+        assert word in printed
 
 
 def test_the_downloaded_result_is_readable_without_us(trained: dict[str, Any]) -> None:
@@ -148,6 +155,8 @@ def test_the_console_submits_a_job_and_a_site_refuses_what_it_does_not_release(
     assert "leuven: this site releases 50 rows per query, the job asks for 51" in watched.stdout
     assert "Research use only" in watched.stdout
     assert "Traceback" not in watched.stdout + watched.stderr
+    console(kit, f"download_job {job}", "bye")
+    assert read_outcome(kit / "transfer" / job)["status"] == "failed"
 
 
 def test_a_job_with_custom_code_is_refused(hospitals: Hospitals, local: LocalConsortium) -> None:
