@@ -26,6 +26,8 @@ _META, _SERVER, _CLIENT = (
     Path("app/config/config_fed_client.json"),
 )
 _TASK_REQUEST_SECONDS = 0.1
+_TRANSFER_LIMITS = ("streaming_idle_timeout", "np_streaming_per_request_timeout")
+"""FLARE's limits for one array on the line; too short for large models on slow lines."""
 _TENSORBOARD = "nvflare.app_opt.tracking.tb.tb_receiver.TBAnalyticsReceiver"
 
 
@@ -224,8 +226,10 @@ def _job_files(job: JobSpec, name: str) -> dict[Path, dict[str, Any]]:
         path = "fedgestalt.federation.aggregator.ZeroSumMaskAggregator"
         components.append({"id": "aggregator", "path": path, "args": {}})
         components.append({"id": "metrics", "path": _TENSORBOARD, "args": {}})
+    patience = dict.fromkeys(_TRANSFER_LIMITS, job.phase_limit_seconds)
     server = {
         "format_version": 2,
+        **patience,
         "server": {"task_request_interval": _TASK_REQUEST_SECONDS},
         "task_data_filters": [],
         "task_result_filters": [],
@@ -235,6 +239,8 @@ def _job_files(job: JobSpec, name: str) -> dict[Path, dict[str, Any]]:
     executor = {"path": job.executor, "args": job.executor_arguments()}
     client = {
         "format_version": 2,
+        **patience,
+        "submit_task_result_timeout": job.phase_limit_seconds,
         "executors": [{"tasks": ["fgm_*"], "executor": executor}],
         "task_data_filters": [],
         "task_result_filters": [],

@@ -30,14 +30,14 @@ def _server_port(config: Path) -> int:
 
 def _not_listening(port: int) -> str:
     for socket in psutil.net_connections("tcp"):
-        if socket.status == psutil.CONN_LISTEN and socket.laddr.port == port:
+        if socket.status == psutil.CONN_LISTEN and getattr(socket.laddr, "port", None) == port:
             return ""
     return f"nobody listens on port {port}"
 
 
 def _not_connected(port: int) -> str:
     for socket in psutil.net_connections("tcp"):
-        if socket.status == psutil.CONN_ESTABLISHED and socket.raddr.port == port:
+        if socket.status == psutil.CONN_ESTABLISHED and getattr(socket.raddr, "port", None) == port:
             return ""
     return f"not connected to the server's port {port}"
 

@@ -86,6 +86,17 @@ _REVOKED: Final = """\
 # A new line takes effect within seconds, without a restart. docs/how-to/grow-and-shrink.md
 """
 
+STREAMS: Final[Mapping[str, int]] = {
+    "streaming_chunk_size": 2**18,
+    "streaming_window_size": 2**20,
+    "streaming_ack_interval": 2**18,
+    "streaming_retry_wait": 30,
+    "streaming_retry_timeout": 300,
+    "streaming_ack_progress_timeout": 300,
+}
+"""FLARE's own settings send a model several times over a line of a hospital's usual rate, and time
+out; see docs/explanation/network.md. ``local/comm_config.json`` of every kit."""
+
 POLICY_FILE: Final = "fedgestalt.yaml"
 _POLICY: Final = """\
 # What this site decides for itself; no job can override it. Every key, its meaning and its default:
@@ -103,6 +114,7 @@ class FedgestaltPolicyBuilder(Builder):  # type: ignore[misc]
       commands; ``member`` may look, not submit;
     - every result leaves a site through our guard (``privacy.json``);
     - a site's logs stay at the site: FLARE's log streaming is off;
+    - large messages travel in small windows, so that a slow line carries them once;
     - a job process that dies at a site is that site's drop-out, not everybody's failure;
     - the server keeps jobs in its own workspace, runs one job at a time and does not wait long for
       sites that vanished;
@@ -148,6 +160,7 @@ class FedgestaltPolicyBuilder(Builder):  # type: ignore[misc]
         _write(path, resources)
         local = Path(ctx.get_local_dir(server))
         _write(local / "authorization.json", AUTHORIZATION)
+        _stream_in_small_windows(local)
         (local / REVOKED_FILE).write_text(_REVOKED, encoding="utf-8")
         kit = Path(ctx.get_kit_dir(server))
         _require_signed_jobs(kit / "fed_server.json")
@@ -179,6 +192,7 @@ class FedgestaltPolicyBuilder(Builder):  # type: ignore[misc]
         ]
         _write(path, resources)
         _write(local / "authorization.json", AUTHORIZATION)
+        _stream_in_small_windows(local)
         _write(local / "privacy.json", PRIVACY)
         _require_signed_jobs(Path(ctx.get_kit_dir(site)) / "fed_client.json")
         own = {**self._policy, **(site.get_prop("policy") or {})}
@@ -210,6 +224,12 @@ def _component(resources: Mapping[str, Any], name: str) -> dict[str, Any]:
             return found
     message = f"FLARE's resources have no component {name!r}: this Builder knows FLARE 2.9"
     raise ValueError(message)
+
+
+def _stream_in_small_windows(local: Path) -> None:
+    path = local / "comm_config.json"
+    known = _read(local, path.name)[0] if path.exists() else {}
+    _write(path, {**STREAMS, **known})
 
 
 def _require_signed_jobs(path: Path) -> None:

@@ -193,7 +193,10 @@ class Ward:
 
     def run(self, job: JobSpec, **arguments: Any) -> dict[str, Any]:
         """Run a job to its end; see :meth:`Hospitals.run`."""
-        return self.hospitals.run(self.local, job, **arguments)
+        began = time.monotonic()
+        outcome = self.hospitals.run(self.local, job, **arguments)
+        measured(f"{outcome['status']} {outcome['seconds']} s, from submission", began)
+        return outcome
 
     def wait_until_only(self, site: str, job: str) -> None:
         """Wait until all sites but one have trained their round."""
@@ -229,9 +232,9 @@ def ignore(status: str, report: Mapping[str, Any]) -> None:
     """Show nothing."""
 
 
-def measured(what: str, seconds: float) -> None:
-    """Note a time for the documents; ``pytest --log-cli-level=INFO`` shows it."""
-    log.info("measured: %s after %.1f seconds", what, seconds)
+def measured(what: str, began: float) -> None:
+    """Note the time since ``began``; ``pytest --log-cli-level=INFO`` shows it."""
+    log.info("measured: %s after %.1f seconds", what, time.monotonic() - began)
 
 
 def log_of(kit: Path) -> str:

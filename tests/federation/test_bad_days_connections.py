@@ -112,7 +112,7 @@ def test_a_site_that_finds_the_port_closed_joins_by_itself_when_it_opens(
     ward.local.start_server()
     began = time.monotonic()
     ward.local.wait_for(["berlin"])
-    measured("port open, site joined", time.monotonic() - began)
+    measured("port open, site joined", began)
     assert JOINED + "berlin" in ward.log("berlin")
 
 
@@ -151,7 +151,7 @@ def both_runs(ward: Ward) -> tuple[dict[str, Any], dict[str, Any]]:
         lambda: {session.status(first), session.status(second)} != {"SUBMITTED"},
         "a job to start by itself",
     )
-    measured("absent site started, job running", time.monotonic() - began)
+    measured("absent site started, job running", began)
     outcomes = ward.ended(first), ward.ended(second)
     submit_with_token(ward, folder)
     assert {job["job_id"] for job in session.jobs()} == {first, second}
@@ -220,13 +220,13 @@ def test_a_server_killed_in_mid_job_loses_the_job_and_nothing_else(
     began = time.monotonic()
     session = ward.local.start_server()
     outcome = ward.ended(job)
-    measured("server killed, job closed", time.monotonic() - began)
+    measured("server killed, job closed", began)
     assert outcome["flare"] == "FINISHED:ABANDONED"
     assert (outcome["status"], outcome["reason"]) == ("failed", REASON)
     ward.local.wait_for(SITES)
-    measured("server killed, sites back", time.monotonic() - began)
+    measured("server killed, sites back", began)
     until(lambda: not ward.job_processes(*SITES), "the sites to end the job")
-    measured("server killed, job processes gone", time.monotonic() - began)
+    measured("server killed, job processes gone", began)
     assert session.connected_sites() == sorted(SITES)
     again = ward.run(JOB)
     assert again["status"] == "completed", again["reason"]

@@ -150,7 +150,7 @@ def test_an_abort_in_mid_training_ends_the_job_everywhere(ward: Ward) -> None:
     ward.local.session.abort(job)
     outcome = ward.ended(job, 40)
     until(lambda: not ward.job_processes(), "all processes of the job to end", 30)
-    measured("abort, all over", time.monotonic() - began)
+    measured("abort, all over", began)
     assert outcome["flare"] == "FINISHED:ABORTED"
     assert (outcome["status"], outcome["reason"]) == ("aborted", "the job was aborted")
     assert nothing_published(ward, outcome)
@@ -169,13 +169,10 @@ def test_a_site_that_is_killed_in_mid_round_ends_the_job_with_its_name(
     else:
         for pid in ward.job_processes("leuven"):
             psutil.Process(pid).kill()
-    noticed = until(
-        lambda: not ward.local.session.progress(job).get("phase"), "the loss to be noticed", 40
-    )
-    assert noticed < SILENCE_SECONDS + 15
+    until(lambda: not ward.local.session.progress(job).get("phase"), "the loss to be noticed", 40)
+    measured(f"killed ({whole_site=}), noticed", began)
     outcome = ward.ended(job, 60)
-    measured(f"killed ({whole_site=}), noticed", noticed)
-    measured(f"killed ({whole_site=}), all over", time.monotonic() - began)
+    measured(f"killed ({whole_site=}), all over", began)
     assert outcome["flare"] == "FINISHED:EXECUTION_EXCEPTION"
     assert outcome["reason"].startswith("site 'leuven': its job process has been silent for 1"), (
         outcome["reason"]
@@ -242,7 +239,7 @@ def test_a_full_disk_is_said_in_one_sentence_and_spares_what_is_stored(
     (store / "other-files").unlink()
     assert outcome["status"] == "failed"
     assert outcome["reason"] == (
-        "site 'leuven': the ensemble cannot be stored (No space left on device (os error 28));"
+        "site 'leuven': the ensemble cannot be stored (No space left on device);"
         " free disk space; ensembles stored earlier are untouched."
     )
     kept = [path.name for path in (store / "ensembles").iterdir()]

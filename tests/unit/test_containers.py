@@ -275,6 +275,7 @@ def test_the_entrypoint_runs_the_kit_once_and_passes_its_exit_code_on(tmp_path: 
     assert process.returncode == 7
 
 
+@pytest.mark.federation
 def test_the_entrypoint_hands_sigterm_on(tmp_path: Path) -> None:
     kit = make_kit(tmp_path / "kit", "echo started $$; exec sleep 60\n")
     process = enter(kit, tmp_path)
@@ -349,6 +350,7 @@ def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
     }
 
 
+@pytest.mark.federation
 @pytest.mark.federation
 def test_server_and_site_start_from_kits_that_nobody_may_write_to(tmp_path: Path) -> None:
     site = "bonn"

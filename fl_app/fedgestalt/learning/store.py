@@ -54,7 +54,8 @@ def save_ensemble(folder: Path, ensemble: Ensemble, state: SharedState) -> str:
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     except (OSError, SafetensorError) as error:  # safetensors wraps what the system says
-        why = error.strerror if isinstance(error, OSError) else str(error).rpartition(": ")[2]
+        said = error.strerror if isinstance(error, OSError) else str(error)
+        why = str(said).rpartition(": ")[2].partition(" (os error")[0]
         raise SiteError(
             f"the ensemble cannot be stored ({why})",
             remedy="free disk space; ensembles stored earlier are untouched",

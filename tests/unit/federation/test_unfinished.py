@@ -39,7 +39,9 @@ class Manager:
 
 def start(manager: Manager, root: Path, event: str = EventType.SYSTEM_BOOTSTRAP) -> None:
     context = FLContext()
-    engine = SimpleNamespace(get_component=lambda name: manager)
+    engine = SimpleNamespace(
+        get_component=lambda name: manager, fire_event=lambda event, context: None
+    )
     workspace = SimpleNamespace(get_run_dir=lambda job: str(root / job))
     context.set_prop(FLContextKey.WORKSPACE_OBJECT, workspace, private=True)
     context.get_engine = lambda *arguments, **keywords: engine
