@@ -12,7 +12,7 @@ import contextlib
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,11 @@ import psutil
 from hospitals import Hospitals
 
 import fedgestalt
+from fedgestalt.errors import ServerError
 from fedgestalt.federation.local import LocalConsortium
 from fedgestalt.jobs import JobSpec
+
+OnReport = Callable[[dict[str, Any]], None]
 
 log = logging.getLogger(__name__)
 
@@ -191,27 +194,45 @@ class Ward:
         """Submit a job; returns its id."""
         return self.local.session.submit(self.hospitals.render(job))
 
-    def run(self, job: JobSpec, **arguments: Any) -> dict[str, Any]:
-        """Run a job to its end; see :meth:`Hospitals.run`."""
+    def run(self, job: JobSpec, on_report: OnReport | None = None) -> dict[str, Any]:
+        """Run a job to its end; see :meth:`ended`."""
         began = time.monotonic()
-        outcome = self.hospitals.run(self.local, job, **arguments)
+        outcome = self.ended(self.submit(job), on_report=on_report)
         measured(f"{outcome['status']} {outcome['seconds']} s, from submission", began)
         return outcome
+
+    def report(self, job: str) -> dict[str, Any]:
+        """Our report of a running job, or an empty mapping.
+
+        FLARE's API waits for 5 seconds; a job process that starts or ends may take longer.
+        """
+        try:
+            return self.local.session.progress(job)
+        except ServerError:
+            return {}
 
     def wait_until_only(self, site: str, job: str) -> None:
         """Wait until all sites but one have trained their round."""
 
         def alone() -> bool:
-            report = self.local.session.progress(job)
+            report = self.report(job)
             working = [s for s, e in report.get("sites", {}).items() if e["state"] == "working"]
             return report.get("phase") == "fgm_update" and working == [site]
 
         until(alone, f"{site} to be the last one that trains")
 
-    def ended(self, job: str, limit_seconds: float = LIMIT_SECONDS) -> dict[str, Any]:
+    def ended(
+        self, job: str, limit_seconds: float = LIMIT_SECONDS, on_report: OnReport | None = None
+    ) -> dict[str, Any]:
         """Wait for the end of a job; its outcome with FLARE's status as ``flare``."""
-        status = self.local.session.watch(job, ignore, 0.3, limit_seconds)
-        return {**self.local.session.outcome(job), "flare": status}
+
+        def is_over() -> bool:
+            if on_report and (report := self.report(job)):
+                on_report(report)
+            return self.local.session.status(job).startswith("FINISHED")
+
+        until(is_over, f"the end of job {job}", limit_seconds)
+        return {**self.local.session.outcome(job), "flare": self.local.session.status(job)}
 
     def job_processes(self, *parties: str) -> list[int]:
         """Processes of jobs that run now."""
@@ -226,10 +247,6 @@ class Ward:
     def log(self, party: str) -> str:
         """What FLARE wrote at a site or at the server."""
         return log_of(self.hospitals.kit(party))
-
-
-def ignore(status: str, report: Mapping[str, Any]) -> None:
-    """Show nothing."""
 
 
 def measured(what: str, began: float) -> None:

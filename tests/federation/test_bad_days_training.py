@@ -169,7 +169,7 @@ def test_a_site_that_is_killed_in_mid_round_ends_the_job_with_its_name(
     else:
         for pid in ward.job_processes("leuven"):
             psutil.Process(pid).kill()
-    until(lambda: not ward.local.session.progress(job).get("phase"), "the loss to be noticed", 40)
+    until(lambda: not ward.report(job).get("phase"), "the loss to be noticed", 40)
     measured(f"killed ({whole_site=}), noticed", began)
     outcome = ward.ended(job, 60)
     measured(f"killed ({whole_site=}), all over", began)
@@ -196,8 +196,8 @@ def after_all_this(ward: Ward) -> dict[str, Any]:
     with contextlib.ExitStack() as stack:
         for site, fault in ill:
             stack.enter_context(ward.patients[site].suffers(fault))
-        outcome = ward.run(job, on_status=lambda status, report: seen.append(report))
-    return {**outcome, "seen": [report for report in seen if report]}
+        outcome = ward.run(job, on_report=seen.append)
+    return {**outcome, "seen": seen}
 
 
 def test_a_slow_site_is_waited_for_and_seen(after_all_this: dict[str, Any]) -> None:

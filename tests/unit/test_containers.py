@@ -351,7 +351,6 @@ def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 @pytest.mark.federation
-@pytest.mark.federation
 def test_server_and_site_start_from_kits_that_nobody_may_write_to(tmp_path: Path) -> None:
     site = "bonn"
     hospitals = Hospitals(tmp_path / "consortium", sites=(site,))

@@ -37,7 +37,8 @@ _RAISED = re.compile(r"^(?:[a-z_]\w*\.)*[A-Z]\w+: (.+)")
 _LOGGED = re.compile(r"^\d{4}-\d\d-\d\d \S+ - \S+ - ERROR - (.+)")
 _REASON_LIMIT = 500
 _TOO_EARLY_SECONDS = 2.0
-_NOT_NOW = (JobNotRunning, NoReply, InternalError)
+_NOT_NOW = (JobNotRunning, NoReply, InternalError, NoConnection)
+"""While a job's process starts or ends; a server that is gone shows at the next question."""
 
 OnStatus = Callable[[str, dict[str, Any]], None]
 """Called with FLARE's job status and our progress report (empty while the job does not run)."""
