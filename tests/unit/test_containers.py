@@ -100,7 +100,7 @@ def test_the_base_image_is_pinned_and_has_the_projects_python() -> None:
     assert version
     assert version[1] == PROJECT["tool"]["mypy"]["python_version"]
     assert PROJECT["project"]["requires-python"].startswith(f">={version[1]},")
-    assert f'base.name="docker.io/library/{base}"' in only("LABEL").text
+    assert f'base.name="{base}"' in only("LABEL").text
 
 
 def test_every_package_is_pinned() -> None:
