@@ -5,8 +5,10 @@ The tests build on one another: a consortium opens, one site after the other.
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import json
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -97,16 +99,39 @@ def doctor(kit: Path) -> str:
     return done.stdout
 
 
-def test_a_site_that_finds_the_port_closed_joins_by_itself_when_it_opens(
+class BlackHole:
+    """A port that takes no connection and refuses none, as behind a firewall that drops packets.
+
+    Linux drops what comes for a listener whose queue is full.
+    """
+
+    def __init__(self, port: int) -> None:
+        self._sockets = [socket.create_server(("127.0.0.1", port), backlog=0)]
+        for _ in range(3):
+            client = socket.socket()
+            client.setblocking(False)
+            client.connect_ex(("127.0.0.1", port))
+            self._sockets.append(client)
+
+    def close(self) -> None:
+        """The port is closed from now on."""
+        for one in self._sockets:
+            one.close()
+
+
+def test_a_site_that_cannot_reach_the_port_joins_by_itself_when_it_opens(
     ward: Ward, elsewhere: LocalConsortium
 ) -> None:
     for site, (begins, ends, _) in OUT_OF_DATE.items():
         kit = copy_kit(ward.hospitals.kit(site), ward.hospitals.folder / "out-of-date")
         reissue(ward.hospitals, kit, begins, ends)
         elsewhere.start(kit)
-    ward.start("berlin")
-    said = doctor(ward.hospitals.kit("berlin"))
-    assert f"problem: network.port: localhost:{ward.hospitals.port} refuses connections" in said
+    port, kit = ward.hospitals.port, ward.hospitals.kit("berlin")
+    with contextlib.closing(BlackHole(port)):
+        ward.start("berlin")
+        said = doctor(kit)
+    assert f"network.port: localhost:{port} does not answer within 5 s: a firewall" in said
+    assert f"problem: network.port: localhost:{port} refuses connections" in doctor(kit)
     until(lambda: "is closed" in ward.log("berlin"), "berlin to find the port closed")
     assert JOINED not in ward.log("berlin")
     ward.local.start_server()
