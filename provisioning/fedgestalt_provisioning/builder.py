@@ -72,6 +72,16 @@ SERVER_ENVIRONMENT: Final[Mapping[str, str]] = {
 }
 """A vanished site does not keep a job open; jobs and results stay in the server's own folder."""
 
+UNFINISHED: Final[Mapping[str, Any]] = {
+    "id": "unfinished_jobs",
+    "path": "fedgestalt.federation.unfinished.UnfinishedJobs",
+    "args": {},
+}
+"""Closes the jobs that a killed server left running."""
+
+PATIENCE: Final[Mapping[str, int]] = {"max_schedule_interval": 30, "max_schedule_count": 100_000}
+"""A job that waits for a site is looked at every 30 seconds, for a month; FLARE soon gives up."""
+
 REVOCATION: Final[Mapping[str, Any]] = {
     "id": "revoked_certificates",
     "path": "fedgestalt.federation.revocation.RevokedCertificates",
@@ -116,8 +126,9 @@ class FedgestaltPolicyBuilder(Builder):  # type: ignore[misc]
     - a site's logs stay at the site: FLARE's log streaming is off;
     - large messages travel in small windows, so that a slow line carries them once;
     - a job process that dies at a site is that site's drop-out, not everybody's failure;
-    - the server keeps jobs in its own workspace, runs one job at a time and does not wait long for
-      sites that vanished;
+    - the server keeps jobs in its own workspace, runs one job at a time, looks every 30 seconds at
+      one that waits for a site, does not wait long for sites that vanished, and closes the jobs
+      that an earlier server left running;
     - the server refuses revoked certificates (``local/revoked.txt``);
     - ``local/fedgestalt.yaml``: the site's own policy.
 
@@ -154,9 +165,10 @@ class FedgestaltPolicyBuilder(Builder):  # type: ignore[misc]
     def _build_server(self, server: Participant, ctx: ProvisionContext) -> None:
         resources, path = _read(ctx.get_local_dir(server), "resources.json.default")
         _allow_our_classes(resources)
-        _component(resources, "job_scheduler")["args"]["max_jobs"] = self._max_jobs
-        if REVOCATION not in resources["components"]:
-            resources["components"].append(dict(REVOCATION))
+        _component(resources, "job_scheduler")["args"] |= {"max_jobs": self._max_jobs, **PATIENCE}
+        for ours in (REVOCATION, UNFINISHED):
+            if ours not in resources["components"]:
+                resources["components"].append(dict(ours))
         _write(path, resources)
         local = Path(ctx.get_local_dir(server))
         _write(local / "authorization.json", AUTHORIZATION)

@@ -50,7 +50,6 @@ OUT_OF_DATE = {
 def ward(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ward]:
     """Nothing has started yet."""
     hospitals = Hospitals(tmp_path_factory.mktemp("consortium"))
-    close_unfinished_jobs(hospitals.kit(SERVER))
     with hospitals.local() as local:
         yield Ward(hospitals, local)
 
@@ -60,16 +59,6 @@ def elsewhere(ward: Ward) -> Iterator[LocalConsortium]:
     """Processes of kits that lie in other folders, as on other machines."""
     with ward.hospitals.local() as processes:
         yield processes
-
-
-def close_unfinished_jobs(kit: Path) -> None:
-    """As the policy Builder does for a server."""
-    path = kit / "local" / "resources.json.default"
-    resources = json.loads(path.read_text())
-    ours = "fedgestalt.federation.unfinished.UnfinishedJobs"
-    if ours not in {component.get("path") for component in resources["components"]}:
-        resources["components"].append({"id": "unfinished_jobs", "path": ours, "args": {}})
-        path.write_text(json.dumps(resources))
 
 
 def reissue(hospitals: Hospitals, kit: Path, begins: dt.datetime, ends: dt.datetime) -> None:

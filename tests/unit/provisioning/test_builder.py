@@ -24,8 +24,9 @@ from fedgestalt.federation.launcher import SiteJobLauncher
 from fedgestalt.federation.outgoing import OutgoingGuard
 from fedgestalt.federation.revocation import RevokedCertificates
 from fedgestalt.federation.settings import read_settings
+from fedgestalt.federation.unfinished import UnfinishedJobs
 from fedgestalt.jobs import JOBS
-from fedgestalt_provisioning.builder import OUR_CLASSES, POLICY_FILE, REVOKED_FILE
+from fedgestalt_provisioning.builder import OUR_CLASSES, POLICY_FILE, REVOKED_FILE, STREAMS
 
 SITES = ("bonn", "berlin")
 OURS = {"path": "fedgestalt_provisioning.FedgestaltPolicyBuilder"}
@@ -144,7 +145,7 @@ def component(kits: Path, participant: str, name: str) -> dict[str, Any]:
 
 
 CHANGED = {
-    "localhost": ("job_scheduler", "revoked_certificates"),
+    "localhost": ("job_scheduler", "revoked_certificates", "unfinished_jobs"),
     **dict.fromkeys(SITES, ("process_launcher", "resource_manager", "site_log_streamer")),
 }
 """The components that ours may change, add or take out."""
@@ -161,6 +162,21 @@ def test_the_rest_of_flares_resources_stays(provision: Kits, participant: str) -
 
     assert len(rest(provision(ours=0))) >= 3
     assert rest(provision(ours=1)) == rest(provision(ours=0))
+
+
+def test_the_server_waits_for_sites_and_closes_what_it_left_running(provision: Kits) -> None:
+    kits = provision(ours=1)
+    scheduler = component(kits, "localhost", "job_scheduler")["args"]
+    assert scheduler["max_schedule_interval"] == 30
+    assert scheduler["max_schedule_count"] * 30 > 30 * 24 * 3600
+    path = component(kits, "localhost", "unfinished_jobs")["path"]
+    assert path == f"{UnfinishedJobs.__module__}.{UnfinishedJobs.__qualname__}"
+
+
+@pytest.mark.parametrize("participant", ["localhost", *SITES])
+def test_every_kit_streams_in_small_windows(provision: Kits, participant: str) -> None:
+    path = provision(ours=1) / participant / "local" / "comm_config.json"
+    assert json.loads(path.read_text()) == STREAMS
 
 
 NEW_WITH_EVERY_KIT = {".crt", ".key", ".pem"}
