@@ -349,7 +349,10 @@ def job_watch(kit: Path, job_id: str, download: Path | None, as_json: bool) -> N
         console = Console(stderr=True, highlight=False)
         with JobView(job_id, console, wanted) as view:
             status = session.watch(
-                job_id, lambda now, report: view.show(now, report, session.connected_sites())
+                job_id,
+                lambda now, report: view.show(
+                    now, report, [] if now == "RUNNING" else session.connected_sites()
+                ),
             )
         result = session.download(job_id, download or Path(scratch))
         outcome = read_outcome(result) or {"reason": session.reason(job_id, result)}
@@ -389,7 +392,13 @@ def _tell_outcome(said: dict[str, Any], result: Path | None) -> None:
     show_default=True,
     help="Folder for kits, data and results; it is made anew.",
 )
-@click.option("--rounds", default=2, show_default=True, help="Rounds of each training job.")
+@click.option(
+    "--rounds",
+    type=click.IntRange(min=1),
+    default=2,
+    show_default=True,
+    help="Rounds of each training job.",
+)
 def consortium(out: Path, rounds: int) -> None:
     """Rehearse a real consortium on this machine: provision, train, match, add a hospital."""
     from fedgestalt.console import Steps

@@ -532,3 +532,10 @@ def test_a_refused_demo_leaves_the_earlier_result_as_it_is(
     assert (out / "result.json").read_text() == "earlier"
     assert [path.name for path in out.iterdir()] == ["result.json"]
     assert flare == []
+
+
+def test_a_rehearsal_without_rounds_is_a_wrong_call(tmp_path: Path) -> None:
+    done = CliRunner().invoke(main, ["consortium", "--rounds", "0", "--out", str(tmp_path / "x")])
+    assert done.exit_code == 2
+    assert "--rounds" in done.stderr
+    assert not (tmp_path / "x").exists()
