@@ -75,7 +75,7 @@ def size_of(value: object) -> int:
     if isinstance(value, np.ndarray):
         return int(value.nbytes)
     if isinstance(value, str):
-        return len(value.encode())
+        return len(value.encode("utf-8", "surrogatepass"))
     if isinstance(value, bytes):
         return len(value)
     if isinstance(value, Mapping):

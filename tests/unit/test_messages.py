@@ -374,6 +374,10 @@ def test_the_size_of_a_message_is_that_of_its_content(value: object, size: int) 
     assert size_of(value) == size
 
 
+def test_a_text_that_is_no_unicode_has_a_size() -> None:
+    assert size_of("\ud800") == 3
+
+
 def test_the_size_of_a_whole_message_counts_names_and_values() -> None:
     fields = Facts({"a": "xy"}).to_fields()
     assert size_of(fields) == len("schema" + "test.facts/1" + "facts" + "a" + "xy")

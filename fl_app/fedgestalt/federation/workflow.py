@@ -266,6 +266,7 @@ class PhasedWorkflow(Controller):
             with lock:
                 if site not in waiting or (faults and not patient):
                     return
+                said = ""
                 try:
                     said = fault_of(reply)
                     if said:
@@ -276,8 +277,7 @@ class PhasedWorkflow(Controller):
                 except Exception as error:  # noqa: BLE001  whatever a reply provokes is its fault
                     faults[site] = PeerError(f"its reply raised {type(error).__name__}", site=site)
                 waiting.discard(site)
-                said = fault_of(reply)
-                self.status.answered(site, len(said.encode()) if said else size_of(body(reply)))
+                self.status.answered(site, size_of(said or body(reply)))
                 if self._watch:
                     self._watch.heard(site)
                 self.progress.write("answer", phase=task_name, site=site)
@@ -304,13 +304,13 @@ class PhasedWorkflow(Controller):
                         return faults
                 if abort_signal.triggered:
                     raise Aborted
-                if time.monotonic() > deadline and patient:
-                    with lock:
-                        for site in waiting:
-                            what = f"no answer within {self._limit:.0f} seconds"
-                            faults[site] = PeerError(what, site=site, remedy="look at its log")
-                        return faults
                 if time.monotonic() > deadline:
+                    if patient:
+                        with lock:
+                            what = f"no answer within {self._limit:.0f} seconds"
+                            for site in waiting:
+                                faults[site] = PeerError(what, site=site, remedy="look at its log")
+                            return faults
                     names = ", ".join(sorted(waiting))
                     raise ServerError(
                         f"no answer from {names} within {self._limit:.0f} seconds",
