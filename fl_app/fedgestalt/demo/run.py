@@ -28,6 +28,7 @@ from fedgestalt.demo.baselines import Baseline, Hospital, train_together
 from fedgestalt.demo.outcomes import Ledger, SiteMatches, add_shared_gallery, read_matches
 from fedgestalt.demo.pictures import examples, gram_view
 from fedgestalt.errors import ConfigError, FedgestaltError, SiteError
+from fedgestalt.federation.tasks import PHASES
 from fedgestalt.hooks import get_registry
 from fedgestalt.jobs import JobSpec, MatchingJob, TrainingJob, render_job
 from fedgestalt.learning.spec import EnsembleSpec, default_ensemble
@@ -319,7 +320,7 @@ class _Notes:
         kind = event["event"]
         if kind == "phase":
             self._work.clear()
-            self._where = _PHASES.get(event["phase"], event["phase"])
+            self._where = PHASES.get(event["phase"], event["phase"])
         elif kind == "work":
             share = 100 * event["done"] // max(event["total"], 1)
             self._work[party] = f"{party} {event['what']} {share} %"
@@ -331,15 +332,3 @@ class _Notes:
             )
         details = " · ".join(self._work[name] for name in sorted(self._work))
         self._steps.note(f"{self._where}  {details}".rstrip())
-
-
-_PHASES = {
-    "fgm_join": "hospitals join",
-    "fgm_round": "hospitals agree on mask keys",
-    "fgm_update": "hospitals train",
-    "fgm_publish": "the ensemble is published",
-    "fgm_kernel_keys": "hospitals join",
-    "fgm_kernel_seal": "hospitals agree on a kernel",
-    "fgm_encode": "hospitals encode their patients",
-    "fgm_rank": "hospitals rank their own patients",
-}
