@@ -340,8 +340,8 @@ def job_watch(kit: Path, job_id: str, download: Path | None, as_json: bool) -> N
 
     from rich.console import Console
 
-    from fedgestalt.federation.admin import AdminSession, read_outcome
-    from fedgestalt.federation.view import JobView
+    from fedgestalt.federation.operations.admin import AdminSession, read_outcome
+    from fedgestalt.federation.operations.view import JobView
 
     with AdminSession(kit) as session, tempfile.TemporaryDirectory() as scratch:
         job_id = session.latest_job() if job_id == "latest" else job_id

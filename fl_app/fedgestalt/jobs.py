@@ -68,8 +68,8 @@ class TrainingJob(JobSpec):
 
     template: ClassVar[str] = "train_ensemble"
     summary: ClassVar[str] = "train the global ensemble under zero-sum masks"
-    workflow: ClassVar[str] = "fedgestalt.federation.training_workflow.EnsembleTrainingWorkflow"
-    executor: ClassVar[str] = "fedgestalt.federation.trainer.EnsembleTrainer"
+    workflow: ClassVar[str] = "fedgestalt.federation.training.workflow.EnsembleTrainingWorkflow"
+    executor: ClassVar[str] = "fedgestalt.federation.training.executor.EnsembleTrainer"
 
     ensemble: EnsembleSpec = Field(default_factory=default_ensemble)
     rounds: int = Field(default=6, ge=1, le=10_000)
@@ -101,8 +101,8 @@ class MatchingJob(JobSpec):
 
     template: ClassVar[str] = "match"
     summary: ClassVar[str] = "rank syndromes across hospitals through the FLAKE kernel"
-    workflow: ClassVar[str] = "fedgestalt.federation.matching_workflow.FlakeSimilarityWorkflow"
-    executor: ClassVar[str] = "fedgestalt.federation.matcher.FlakeMatcher"
+    workflow: ClassVar[str] = "fedgestalt.federation.matching.workflow.FlakeSimilarityWorkflow"
+    executor: ClassVar[str] = "fedgestalt.federation.matching.executor.FlakeMatcher"
 
     ensemble: str = Field(
         default="", pattern=r"^([0-9a-f]{64})?$", description="digest of a published ensemble"
@@ -223,7 +223,7 @@ def _job_files(job: JobSpec, name: str) -> dict[Path, dict[str, Any]]:
     workflow = {"id": job.template, "path": job.workflow, "args": job.workflow_arguments()}
     components = []
     if isinstance(job, TrainingJob):
-        path = "fedgestalt.federation.aggregator.ZeroSumMaskAggregator"
+        path = "fedgestalt.federation.training.aggregator.ZeroSumMaskAggregator"
         components.append({"id": "aggregator", "path": path, "args": {}})
         components.append({"id": "metrics", "path": _TENSORBOARD, "args": {}})
     patience = dict.fromkeys(_TRANSFER_LIMITS, job.phase_limit_seconds)

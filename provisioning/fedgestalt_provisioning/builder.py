@@ -58,7 +58,7 @@ PRIVACY: Final[Mapping[str, Any]] = {
             "properties": {},
             "task_data_filters": [],
             "task_result_filters": [
-                {"path": "fedgestalt.federation.outgoing.OutgoingGuard", "args": {}}
+                {"path": "fedgestalt.federation.site.outgoing.OutgoingGuard", "args": {}}
             ],
         }
     ],
@@ -74,7 +74,7 @@ SERVER_ENVIRONMENT: Final[Mapping[str, str]] = {
 
 UNFINISHED: Final[Mapping[str, Any]] = {
     "id": "unfinished_jobs",
-    "path": "fedgestalt.federation.unfinished.UnfinishedJobs",
+    "path": "fedgestalt.federation.server.unfinished.UnfinishedJobs",
     "args": {},
 }
 """Closes the jobs that a killed server left running."""
@@ -84,7 +84,7 @@ PATIENCE: Final[Mapping[str, int]] = {"max_schedule_interval": 30, "max_schedule
 
 REVOCATION: Final[Mapping[str, Any]] = {
     "id": "revoked_certificates",
-    "path": "fedgestalt.federation.revocation.RevokedCertificates",
+    "path": "fedgestalt.federation.server.revocation.RevokedCertificates",
     "args": {},
 }
 """The server's component that refuses the certificates in ``local/revoked.txt``."""
@@ -194,7 +194,7 @@ class FedgestaltPolicyBuilder(Builder):  # type: ignore[misc]
         resources, path = _read(local, "resources.json.default")
         _allow_our_classes(resources)
         launcher = _component(resources, "process_launcher")
-        launcher["path"] = "fedgestalt.federation.launcher.SiteJobLauncher"
+        launcher["path"] = "fedgestalt.federation.site.launcher.SiteJobLauncher"
         limits = _component(resources, "resource_manager")["args"]
         limits["num_of_gpus"] = site.get_prop("gpus", self._gpus)
         limits["mem_per_gpu_in_GiB"] = site.get_prop("gpu_memory_gib", self._gpu_memory)

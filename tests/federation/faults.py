@@ -22,7 +22,7 @@ from hospitals import Hospitals
 
 import fedgestalt
 from fedgestalt.errors import ServerError
-from fedgestalt.federation.local import LocalConsortium
+from fedgestalt.federation.operations.local import LocalConsortium
 from fedgestalt.jobs import JobSpec
 
 OnReport = Callable[[dict[str, Any]], None]
@@ -94,7 +94,7 @@ UNCHECKED = """
 def unchecked(module):
     module.check_update_norm = lambda *arguments: None
 
-PATCHES["fedgestalt.federation.trainer"] = unchecked
+PATCHES["fedgestalt.federation.training.executor"] = unchecked
 """
 OLD_VERSION = """
 def old_version(module):
@@ -114,7 +114,7 @@ def mixed_up_labels(module):
     module.training_set = lambda cohort: mixed_up(training_set(cohort), 6)
     module.held_out_set = lambda cohort: mixed_up(held_out_set(cohort), 1)
 
-PATCHES = {"fedgestalt.federation.trainer": mixed_up_labels}
+PATCHES = {"fedgestalt.federation.training.executor": mixed_up_labels}
 """
 """A site with few images to train on calls every syndrome by the name of the next one."""
 

@@ -21,8 +21,8 @@ from typing import Any
 from consortium import tiny_silos
 from hospitals import ADMIN, BIN, JOB_LIMIT_SECONDS, SERVER
 
-from fedgestalt.federation.local import LocalConsortium, free_port
-from fedgestalt.federation.processes import ProcessFamily
+from fedgestalt.federation.operations.local import LocalConsortium, free_port
+from fedgestalt.federation.operations.processes import ProcessFamily
 from fedgestalt.jobs import JobSpec, render_job
 
 REPOSITORY = Path(__file__).parents[2]

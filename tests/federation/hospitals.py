@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from consortium import tiny_ensemble, tiny_silos
 
-from fedgestalt.federation.local import LocalConsortium, free_port
+from fedgestalt.federation.operations.local import LocalConsortium, free_port
 from fedgestalt.jobs import JobSpec, MatchingJob, TrainingJob, render_job
 
 PROJECT, ADMIN, SERVER = "trial", "lead@example.org", "localhost"

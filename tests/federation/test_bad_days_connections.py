@@ -30,8 +30,8 @@ from hospitals import (
     training,
 )
 
-from fedgestalt.federation.local import LocalConsortium
-from fedgestalt.federation.unfinished import REASON
+from fedgestalt.federation.operations.local import LocalConsortium
+from fedgestalt.federation.server.unfinished import REASON
 
 pytestmark = pytest.mark.federation
 

@@ -20,8 +20,8 @@ from founding import GUIDE as FIRST_GUIDE
 from hospitals import ADMIN, SERVER, SITES, matching, nvflare, training
 
 from fedgestalt.errors import ServerError
-from fedgestalt.federation.admin import AdminSession
-from fedgestalt.federation.processes import ProcessFamily
+from fedgestalt.federation.operations.admin import AdminSession
+from fedgestalt.federation.operations.processes import ProcessFamily
 from fedgestalt_provisioning.builder import REVOKED_FILE
 
 pytestmark = pytest.mark.federation

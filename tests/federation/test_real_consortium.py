@@ -16,8 +16,8 @@ from nvflare.fuel.hci.client import file_transfer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fedgestalt.errors import ServerError
-from fedgestalt.federation.admin import AdminSession, read_outcome
-from fedgestalt.federation.local import LocalConsortium
+from fedgestalt.federation.operations.admin import AdminSession, read_outcome
+from fedgestalt.federation.operations.local import LocalConsortium
 
 pytestmark = pytest.mark.federation
 

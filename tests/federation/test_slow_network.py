@@ -24,9 +24,9 @@ from networks import (
     why_no_netem,
 )
 
-from fedgestalt.federation.admin import read_outcome
-from fedgestalt.federation.local import LocalConsortium
-from fedgestalt.federation.progress import PROGRESS_FILE
+from fedgestalt.federation.job.progress import PROGRESS_FILE
+from fedgestalt.federation.operations.admin import read_outcome
+from fedgestalt.federation.operations.local import LocalConsortium
 from fedgestalt.federation.tasks import PUBLISH, ROUND, UPDATE
 from fedgestalt.learning.spec import EnsembleSpec, MemberSpec, TrainingSpec
 

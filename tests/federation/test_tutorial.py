@@ -11,7 +11,7 @@ import psutil
 import pytest
 from walkthrough import shell_script
 
-from fedgestalt.federation.local import free_port
+from fedgestalt.federation.operations.local import free_port
 
 pytestmark = pytest.mark.federation
 

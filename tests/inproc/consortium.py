@@ -33,15 +33,15 @@ from nvflare.fuel.utils import fobs
 
 from fedgestalt.cohort import Cohort, ImageRecord, RareSplit, Syndrome, save_jpeg, write_silos
 from fedgestalt.cohort.layout import image_file
-from fedgestalt.federation.aggregator import ZeroSumMaskAggregator
-from fedgestalt.federation.matcher import FlakeMatcher
-from fedgestalt.federation.matching_workflow import FlakeSimilarityWorkflow
-from fedgestalt.federation.outgoing import OutgoingGuard
-from fedgestalt.federation.rounds import round_facts, with_metrics
-from fedgestalt.federation.site import SiteExecutor
-from fedgestalt.federation.trainer import EnsembleTrainer
-from fedgestalt.federation.training_workflow import EnsembleTrainingWorkflow
-from fedgestalt.federation.workflow import PhasedWorkflow
+from fedgestalt.federation.job.executor import SiteExecutor
+from fedgestalt.federation.job.workflow import PhasedWorkflow
+from fedgestalt.federation.matching.executor import FlakeMatcher
+from fedgestalt.federation.matching.workflow import FlakeSimilarityWorkflow
+from fedgestalt.federation.site.outgoing import OutgoingGuard
+from fedgestalt.federation.training.aggregator import ZeroSumMaskAggregator
+from fedgestalt.federation.training.executor import EnsembleTrainer
+from fedgestalt.federation.training.rounds import round_facts, with_metrics
+from fedgestalt.federation.training.workflow import EnsembleTrainingWorkflow
 from fedgestalt.hooks import get_registry
 from fedgestalt.jobs import JobSpec, TrainingJob
 from fedgestalt.learning.data import held_out_set, local_seed, training_set

@@ -10,7 +10,7 @@ import pytest
 from consortium import BothJobs, Consortium, Run, Tamper, tiny_ensemble
 from nvflare.apis.shareable import Shareable
 
-from fedgestalt.federation.trainer import EnsembleTrainer
+from fedgestalt.federation.training.executor import EnsembleTrainer
 from fedgestalt.jobs import MatchingJob, TrainingJob
 
 JOB = TrainingJob(ensemble=tiny_ensemble(), rounds=1)

@@ -12,9 +12,9 @@ from consortium import Consortium, Run, tiny_ensemble
 from nvflare.apis.shareable import Shareable
 
 from fedgestalt.cohort import Cohort
-from fedgestalt.federation import trainer as trainer_module
-from fedgestalt.federation.rounds import UNKNOWN
-from fedgestalt.federation.trainer import EnsembleTrainer
+from fedgestalt.federation.training import executor as trainer_module
+from fedgestalt.federation.training.executor import EnsembleTrainer
+from fedgestalt.federation.training.rounds import UNKNOWN
 from fedgestalt.jobs import TrainingJob
 from fedgestalt.learning.data import held_out_set, local_seed
 from fedgestalt.learning.spec import EnsembleSpec, MemberSpec, TrainingSpec

@@ -10,7 +10,7 @@ from consortium import Consortium, tiny_ensemble
 from safetensors import SafetensorError
 
 import fedgestalt.learning.store
-from fedgestalt.federation.trainer import EnsembleTrainer
+from fedgestalt.federation.training.executor import EnsembleTrainer
 from fedgestalt.jobs import TrainingJob
 
 JOB = TrainingJob(ensemble=tiny_ensemble(), rounds=1)

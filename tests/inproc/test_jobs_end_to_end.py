@@ -13,7 +13,7 @@ import torch
 from consortium import BothJobs, Consortium, Run, plain_update, tiny_ensemble
 from nvflare.apis.shareable import Shareable
 
-from fedgestalt.federation.rounds import split_metrics
+from fedgestalt.federation.training.rounds import split_metrics
 from fedgestalt.hooks import get_registry
 from fedgestalt.jobs import MatchingJob, TrainingJob
 from fedgestalt.learning.encoding import encode

@@ -14,8 +14,8 @@ from consortium import BothJobs, Consortium, Run, tiny_ensemble
 from nvflare.apis.shareable import Shareable
 
 from fedgestalt.errors import DataError
-from fedgestalt.federation import site as site_module
-from fedgestalt.federation.wire import fault_of
+from fedgestalt.federation.job import executor as site_module
+from fedgestalt.federation.job.wire import fault_of
 from fedgestalt.hooks import get_registry
 from fedgestalt.jobs import MatchingJob, TrainingJob
 

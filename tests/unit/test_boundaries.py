@@ -129,7 +129,7 @@ def test_the_walk_sees_all_three_source_roots() -> None:
     expected = {
         "fedgestalt",
         "fedgestalt.cli",
-        "fedgestalt.federation.site",
+        "fedgestalt.federation.job.executor",
         "fedgestalt.secagg.session",
         "fedgestalt.similarity.kernel",
         "fedgestalt_plugins.backbones.iresnet",

@@ -442,7 +442,7 @@ def flare(monkeypatch: pytest.MonkeyPatch) -> list[object]:
         started.append(job.name)
         raise AssertionError("the demonstration started FLARE")
 
-    monkeypatch.setattr("fedgestalt.federation.simulation.run_simulated_job", start)
+    monkeypatch.setattr("fedgestalt.federation.operations.simulation.run_simulated_job", start)
     return started
 
 

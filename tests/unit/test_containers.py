@@ -28,8 +28,8 @@ from hospitals import ADMIN, SERVER, Hospitals
 
 import fedgestalt
 from fedgestalt.errors import FedgestaltError
-from fedgestalt.federation.admin import AdminSession
-from fedgestalt.federation.processes import ProcessFamily
+from fedgestalt.federation.operations.admin import AdminSession
+from fedgestalt.federation.operations.processes import ProcessFamily
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "provisioning" / "containers"

@@ -12,7 +12,7 @@ import yaml
 
 from fedgestalt import RESEARCH_USE_ONLY
 from fedgestalt.cli import main
-from fedgestalt.federation.settings import SiteSettings
+from fedgestalt.federation.site.settings import SiteSettings
 from fedgestalt.hooks import specs
 from fedgestalt.jobs import JOBS
 

@@ -333,7 +333,9 @@ def test_a_workflow_of_somebody_else_is_refused(folder: Path, path: object) -> N
         read_job(folder)
 
 
-@pytest.mark.parametrize("path", ["os.system", "custom.Spy", "fedgestalt.federation.site.Other"])
+@pytest.mark.parametrize(
+    "path", ["os.system", "custom.Spy", "fedgestalt.federation.job.executor.Other"]
+)
 def test_another_executor_is_refused(folder: Path, path: str) -> None:
     change(folder, CLIENT, lambda client: client["executors"][0]["executor"].update(path=path))
     with pytest.raises(ConfigError, match="executors differs"):

@@ -16,7 +16,7 @@ from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
 from fedgestalt.errors import FedgestaltError, PeerError, ServerError
-from fedgestalt.federation.matching_messages import OfferKeys
+from fedgestalt.federation.matching.messages import OfferKeys
 from fedgestalt.messages import (
     Message,
     array,
@@ -262,9 +262,9 @@ def test_junk_in_one_field_is_either_valid_or_the_chosen_error(field: str, value
 MODULES = (
     "fedgestalt.secagg",
     "fedgestalt.similarity.kernel",
-    "fedgestalt.federation.training_messages",
-    "fedgestalt.federation.matching_messages",
-    "fedgestalt.federation.handshake",
+    "fedgestalt.federation.training.messages",
+    "fedgestalt.federation.matching.messages",
+    "fedgestalt.federation.job.handshake",
 )
 
 

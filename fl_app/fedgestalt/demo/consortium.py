@@ -17,9 +17,9 @@ from fedgestalt.cohort import split_cohort, write_silos
 from fedgestalt.console import Steps
 from fedgestalt.demo.run import open_cohort
 from fedgestalt.errors import ConfigError, SiteError
-from fedgestalt.federation.admin import read_outcome
-from fedgestalt.federation.local import LocalConsortium, free_port
-from fedgestalt.federation.view import headline
+from fedgestalt.federation.operations.admin import read_outcome
+from fedgestalt.federation.operations.local import LocalConsortium, free_port
+from fedgestalt.federation.operations.view import headline
 from fedgestalt.jobs import JobSpec, MatchingJob, TrainingJob, render_job
 
 PROJECT: Final = "rehearsal"

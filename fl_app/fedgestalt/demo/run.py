@@ -219,8 +219,8 @@ class _SeedRun:
     @property
     def gram_file(self) -> Path:
         """Where the matching server left the Gram matrix."""
-        from fedgestalt.federation.matching_workflow import GRAM_FILE
-        from fedgestalt.federation.simulation import run_folder
+        from fedgestalt.federation.matching.workflow import GRAM_FILE
+        from fedgestalt.federation.operations.simulation import run_folder
 
         return run_folder(self._folder / "match") / GRAM_FILE
 
@@ -235,8 +235,8 @@ class _SeedRun:
         return spec, str(matched["kernel"]), trained, matched
 
     def _job(self, key: str, title: str, job: JobSpec) -> dict[str, Any]:
-        from fedgestalt.federation.settings import SiteSettings
-        from fedgestalt.federation.simulation import run_simulated_job
+        from fedgestalt.federation.operations.simulation import run_simulated_job
+        from fedgestalt.federation.site.settings import SiteSettings
 
         settings = SiteSettings(
             data=str((self._data / "{site}").resolve()),

@@ -17,7 +17,7 @@ from fedgestalt.doctor import kit as kits
 from fedgestalt.doctor.findings import Check, check, not_checked
 from fedgestalt.doctor.kit import ADMIN, SERVER, SITE, Kit, open_kit
 from fedgestalt.errors import ConfigError
-from fedgestalt.federation.settings import SiteSettings
+from fedgestalt.federation.site.settings import SiteSettings
 from fedgestalt.hooks import get_registry
 from fedgestalt.hooks.registry import Registry
 from fedgestalt.jobs import TrainingJob

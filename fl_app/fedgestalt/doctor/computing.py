@@ -13,7 +13,7 @@ from fedgestalt.doctor import data, dry_run, machine
 from fedgestalt.doctor.findings import Check, check, counted, in_bytes, not_checked, ok
 from fedgestalt.doctor.work import Work, work_of
 from fedgestalt.errors import ConfigError
-from fedgestalt.federation.settings import SiteSettings
+from fedgestalt.federation.site.settings import SiteSettings
 from fedgestalt.hooks.registry import Registry
 from fedgestalt.jobs import TrainingJob
 from fedgestalt.learning.device import choose_device

@@ -27,7 +27,7 @@ from fedgestalt.doctor.findings import (
 )
 from fedgestalt.doctor.work import Work, traffic
 from fedgestalt.errors import SiteError
-from fedgestalt.federation.settings import SiteSettings
+from fedgestalt.federation.site.settings import SiteSettings
 from fedgestalt.jobs import TrainingJob
 from fedgestalt.learning.data import training_set
 from fedgestalt.learning.encoding import encode

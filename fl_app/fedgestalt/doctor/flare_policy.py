@@ -13,8 +13,8 @@ from fedgestalt.doctor.findings import LEAD, Check, NotCheckedError, check, ok, 
 from fedgestalt.doctor.kit import AUTHORIZATION, PRIVACY, RESOURCES, Kit
 
 OURS: Final = "fedgestalt."
-LAUNCHER: Final = "fedgestalt.federation.launcher.SiteJobLauncher"
-GUARD: Final = "fedgestalt.federation.outgoing.OutgoingGuard"
+LAUNCHER: Final = "fedgestalt.federation.site.launcher.SiteJobLauncher"
+GUARD: Final = "fedgestalt.federation.site.outgoing.OutgoingGuard"
 
 _ALLOWED, _MODE = "class_allow_list", "class_list_enforcement_mode"
 _FORBIDDEN: Final = ("byoc", "shell_commands", *("cat", "grep", "head", "ls", "pwd", "tail"))

@@ -14,7 +14,7 @@ import torch
 from fedgestalt.doctor.findings import Check, Figure, check, counted, in_bytes, ok, problem, warning
 from fedgestalt.doctor.site_policy import existing
 from fedgestalt.doctor.work import PROCESS_BYTES, Work
-from fedgestalt.federation.settings import SiteSettings
+from fedgestalt.federation.site.settings import SiteSettings
 from fedgestalt.learning.device import choose_device, trunk_dtype
 
 _FEATURES: Final = ("amx_bf16", "avx512_bf16", "avx512_f", "avx2")

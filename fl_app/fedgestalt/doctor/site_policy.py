@@ -12,7 +12,7 @@ from typing import Final
 from fedgestalt.doctor.findings import Check, check, counted, ok, problem, warning
 from fedgestalt.doctor.kit import Kit
 from fedgestalt.errors import ConfigError, nearest
-from fedgestalt.federation.settings import FILE_NAME, SiteSettings, read_settings
+from fedgestalt.federation.site.settings import FILE_NAME, SiteSettings, read_settings
 from fedgestalt.hooks.registry import Registry
 from fedgestalt.jobs import JOBS
 

@@ -13,7 +13,7 @@ import fedgestalt
 from fedgestalt.contracts import Described
 from fedgestalt.doctor.findings import Check, check, counted, ok, problem, warning
 from fedgestalt.doctor.kit import ADMIN, Kit
-from fedgestalt.federation.handshake import versions
+from fedgestalt.federation.job.handshake import versions
 from fedgestalt.hooks.registry import Entry, Registry, code_digest
 
 _PYTHON: Final = ((3, 11), (3, 13))

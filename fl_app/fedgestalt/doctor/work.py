@@ -14,7 +14,7 @@ import torch
 
 from fedgestalt.cohort import Cohort
 from fedgestalt.contracts import FACE_SIZE
-from fedgestalt.federation.rounds import exponents_of, first_ranges, round_facts
+from fedgestalt.federation.training.rounds import exponents_of, first_ranges, round_facts
 from fedgestalt.jobs import TrainingJob
 from fedgestalt.learning.augment import TEST_VARIANTS
 from fedgestalt.learning.device import trunk_dtype

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
-from fedgestalt.federation.handshake import Present
-from fedgestalt.federation.matching_messages import MaskedRows, Ranked
-from fedgestalt.federation.training_messages import Published
+from fedgestalt.federation.job.handshake import Present
+from fedgestalt.federation.matching.messages import MaskedRows, Ranked
+from fedgestalt.federation.training.messages import Published
 from fedgestalt.messages import Message
 from fedgestalt.secagg import KeyOffer, MaskedVector
 from fedgestalt.similarity.kernel import KernelKey, SealedContributions

@@ -33,7 +33,7 @@ from doctor_trial import (
 )
 
 from fedgestalt.doctor import Request, examine, machine, network
-from fedgestalt.federation.settings import SiteSettings
+from fedgestalt.federation.site.settings import SiteSettings
 from fedgestalt.hooks.registry import Registry
 
 Break = Callable[[Hospital, pytest.MonkeyPatch], object]

@@ -16,8 +16,13 @@ from doctor_trial import TINY_JOB, Hospital, by_state, left_alone, named
 from fedgestalt.cohort import Cohort, read_cohort
 from fedgestalt.doctor import dry_run
 from fedgestalt.doctor.work import Work, traffic, work_of
-from fedgestalt.federation.rounds import exponents_of, first_ranges, round_facts, with_metrics
-from fedgestalt.federation.settings import SiteSettings
+from fedgestalt.federation.site.settings import SiteSettings
+from fedgestalt.federation.training.rounds import (
+    exponents_of,
+    first_ranges,
+    round_facts,
+    with_metrics,
+)
 from fedgestalt.hooks import get_registry
 from fedgestalt.jobs import TrainingJob
 from fedgestalt.learning.data import training_set

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from fedgestalt.cli import main
 from fedgestalt.errors import ConfigError
-from fedgestalt.federation.admin import AdminSession, read_outcome
+from fedgestalt.federation.operations.admin import AdminSession, read_outcome
 
 
 def test_a_folder_that_is_no_kit_is_named(tmp_path: Path) -> None:

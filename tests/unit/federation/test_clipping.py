@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fedgestalt.federation.rounds import clipping_warning
+from fedgestalt.federation.training.rounds import clipping_warning
 from fedgestalt.secagg import Aggregate, NumberPlan, TensorPlan
 
 PLAN = NumberPlan(3, 100, (TensorPlan("head", (998,), 0),))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import fedgestalt
 from fedgestalt.errors import ConfigError, PeerError
-from fedgestalt.federation.handshake import (
+from fedgestalt.federation.job.handshake import (
     Present,
     check_agreement,
     clock_warnings,

@@ -16,7 +16,7 @@ from nvflare.app_common.job_launcher.process_launcher import ProcessHandle, Proc
 from nvflare.fuel.common.exit_codes import ProcessExitCode
 from nvflare.utils.process_utils import ProcessAdapter, spawn_process
 
-from fedgestalt.federation.launcher import SiteJobLauncher, _Handle
+from fedgestalt.federation.site.launcher import SiteJobLauncher, _Handle
 
 
 class Ended(ProcessAdapter):

@@ -17,13 +17,13 @@ from nvflare.apis.shareable import Shareable, make_reply
 from nvflare.apis.workspace import Workspace
 
 from fedgestalt.errors import DataError, SiteError
-from fedgestalt.federation.handshake import Present
-from fedgestalt.federation.matching_messages import MaskedRows, Ranked
-from fedgestalt.federation.outgoing import SENT_FILE, OutgoingGuard
-from fedgestalt.federation.settings import FILE_NAME
+from fedgestalt.federation.job.handshake import Present
+from fedgestalt.federation.job.wire import BODY, FAULT, fault_of, fault_reply, to_shareable
+from fedgestalt.federation.matching.messages import MaskedRows, Ranked
+from fedgestalt.federation.site.outgoing import SENT_FILE, OutgoingGuard
+from fedgestalt.federation.site.settings import FILE_NAME
 from fedgestalt.federation.tasks import ANSWERS, ENCODE, JOIN, RANK, ROUND, TASK_PREFIX, UPDATE
-from fedgestalt.federation.training_messages import Published
-from fedgestalt.federation.wire import BODY, FAULT, fault_of, fault_reply, to_shareable
+from fedgestalt.federation.training.messages import Published
 from fedgestalt.messages import Message, size_of
 from fedgestalt.secagg import KeyOffer, MaskedVector
 from fedgestalt.similarity.kernel import KernelKey, SealedContributions

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from fedgestalt.federation.places import compare_places, is_place, place_of
-from fedgestalt.federation.watch import SiteWatch
+from fedgestalt.federation.job.places import compare_places, is_place, place_of
+from fedgestalt.federation.job.watch import SiteWatch
 
 HERE, THERE = place_of("/srv/fedgestalt/kit"), place_of("/home/copy/kit")
 

@@ -34,7 +34,7 @@ from nvflare.fuel.f3.drivers.driver_params import DriverParams
 from nvflare.fuel.f3.message import Message
 
 from fedgestalt.errors import ConfigError
-from fedgestalt.federation.revocation import (
+from fedgestalt.federation.server.revocation import (
     LIST_FILE,
     Presented,
     RevokedCertificates,

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from fedgestalt.errors import ServerError, SiteError
-from fedgestalt.federation.rounds import (
+from fedgestalt.federation.training.rounds import (
     METRIC_NAMES,
     OWN_UPDATE,
     UNKNOWN,

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedgestalt.errors import ConfigError, SiteError
-from fedgestalt.federation.settings import ALL_ROWS, FILE_NAME, SiteSettings, read_settings
+from fedgestalt.federation.site.settings import ALL_ROWS, FILE_NAME, SiteSettings, read_settings
 from fedgestalt.hooks import get_registry
 from fedgestalt.jobs import JOBS, TrainingJob
 from fedgestalt.learning.ensemble import weight_licences

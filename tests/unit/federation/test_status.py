@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from fedgestalt.federation import status as status_module
-from fedgestalt.federation.status import SCHEMA, JobStatus
-from fedgestalt.federation.watch import SiteWatch
+from fedgestalt.federation.job import status as status_module
+from fedgestalt.federation.job.status import SCHEMA, JobStatus
+from fedgestalt.federation.job.watch import SiteWatch
 
 SITES = ("berlin", "bonn", "leuven")
 

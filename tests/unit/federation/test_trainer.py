@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedgestalt.federation.rounds import UNKNOWN
-from fedgestalt.federation.trainer import labels_are_doubtful
+from fedgestalt.federation.training.executor import labels_are_doubtful
+from fedgestalt.federation.training.rounds import UNKNOWN
 from fedgestalt.learning.data import HELD_OUT_IMAGES
 
 MANY = HELD_OUT_IMAGES

@@ -13,7 +13,7 @@ from nvflare.apis.fl_constant import FLContextKey
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.job_def import RunStatus
 
-from fedgestalt.federation.unfinished import REASON, UnfinishedJobs
+from fedgestalt.federation.server.unfinished import REASON, UnfinishedJobs
 
 
 class Manager:

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from fedgestalt.federation.operations.view import JobView, duration, headline, size
 from fedgestalt.federation.tasks import ANSWERS, PHASES
-from fedgestalt.federation.view import JobView, duration, headline, size
 
 
 def report(**changes: Any) -> dict[str, Any]:

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 
 import pytest
 
-from fedgestalt.federation import watch as watch_module
-from fedgestalt.federation.watch import SiteState, SiteWatch
+from fedgestalt.federation.job import watch as watch_module
+from fedgestalt.federation.job.watch import SiteState, SiteWatch
 
 SITES = ("berlin", "bonn", "leuven")
 START_LIMIT, SILENCE_LIMIT = 120.0, 30.0

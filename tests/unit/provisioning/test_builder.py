@@ -20,11 +20,11 @@ from nvflare.lighter.provisioner import Provisioner
 from nvflare.lighter.spec import Builder, Project, ProvisionContext
 from nvflare.private.fed.app.fl_conf import create_privacy_manager
 
-from fedgestalt.federation.launcher import SiteJobLauncher
-from fedgestalt.federation.outgoing import OutgoingGuard
-from fedgestalt.federation.revocation import RevokedCertificates
-from fedgestalt.federation.settings import read_settings
-from fedgestalt.federation.unfinished import UnfinishedJobs
+from fedgestalt.federation.server.revocation import RevokedCertificates
+from fedgestalt.federation.server.unfinished import UnfinishedJobs
+from fedgestalt.federation.site.launcher import SiteJobLauncher
+from fedgestalt.federation.site.outgoing import OutgoingGuard
+from fedgestalt.federation.site.settings import read_settings
 from fedgestalt.jobs import JOBS
 from fedgestalt_provisioning.builder import OUR_CLASSES, POLICY_FILE, REVOKED_FILE, STREAMS
 

@@ -9,7 +9,7 @@ import pytest
 from nvflare.lighter.provision import prepare_builders, prepare_project
 from nvflare.lighter.provisioner import Provisioner
 
-from fedgestalt.federation.revocation import LIST_FILE, RevokedCertificates, read_revoked
+from fedgestalt.federation.server.revocation import LIST_FILE, RevokedCertificates, read_revoked
 from fedgestalt_provisioning.builder import REVOCATION, REVOKED_FILE
 
 FLARE = "nvflare.lighter.impl"

@@ -24,12 +24,12 @@ from nvflare.widgets.info_collector import GroupInfoCollector, InfoCollector
 
 import fedgestalt
 from fedgestalt.errors import FedgestaltError, PeerError, ServerError
-from fedgestalt.federation.handshake import Present, check_agreement, clock_warnings
-from fedgestalt.federation.places import PLACES_FILE, compare_places
-from fedgestalt.federation.progress import ProgressLog, write_outcome
-from fedgestalt.federation.status import PROGRESS_COMMAND, JobStatus
-from fedgestalt.federation.watch import PING, PING_TIMEOUT_SECONDS, SiteWatch
-from fedgestalt.federation.wire import body, fault_of, to_shareable
+from fedgestalt.federation.job.handshake import Present, check_agreement, clock_warnings
+from fedgestalt.federation.job.places import PLACES_FILE, compare_places
+from fedgestalt.federation.job.progress import ProgressLog, write_outcome
+from fedgestalt.federation.job.status import PROGRESS_COMMAND, JobStatus
+from fedgestalt.federation.job.watch import PING, PING_TIMEOUT_SECONDS, SiteWatch
+from fedgestalt.federation.job.wire import body, fault_of, to_shareable
 from fedgestalt.messages import Message, from_site, size_of
 
 OnReply = Callable[[str, object], None]

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Final
 
 from fedgestalt.errors import FedgestaltError, ServerError, SiteError
-from fedgestalt.federation.admin import AdminSession
-from fedgestalt.federation.processes import ProcessFamily
+from fedgestalt.federation.operations.admin import AdminSession
+from fedgestalt.federation.operations.processes import ProcessFamily
 
 UP_SECONDS: Final = 60.0
 _DOWN_SECONDS = 20.0

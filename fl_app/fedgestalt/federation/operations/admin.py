@@ -27,8 +27,8 @@ from nvflare.fuel.flare_api.api_spec import (
 from nvflare.fuel.flare_api.flare_api import Session, new_secure_session
 
 from fedgestalt.errors import ConfigError, ServerError, SiteError
-from fedgestalt.federation.progress import OUTCOME_FILE
-from fedgestalt.federation.status import PROGRESS_COMMAND, SCHEMA
+from fedgestalt.federation.job.progress import OUTCOME_FILE
+from fedgestalt.federation.job.status import PROGRESS_COMMAND, SCHEMA
 
 CONNECT_SECONDS: Final = 15.0
 _DONE = "FINISHED"

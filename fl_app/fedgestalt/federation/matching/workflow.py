@@ -14,17 +14,17 @@ from nvflare.apis.fl_context import FLContext
 from nvflare.apis.signal import Signal
 
 from fedgestalt.errors import PeerError
-from fedgestalt.federation.handshake import versions
-from fedgestalt.federation.matching_messages import (
+from fedgestalt.federation.job.handshake import versions
+from fedgestalt.federation.job.workflow import PhasedWorkflow
+from fedgestalt.federation.matching.messages import (
     MaskedRows,
     MatchStart,
     OfferKeys,
     Ranked,
     ReleasedRows,
 )
-from fedgestalt.federation.settings import ALL_ROWS
+from fedgestalt.federation.site.settings import ALL_ROWS
 from fedgestalt.federation.tasks import ENCODE, KEYS, RANK, SEAL, START
-from fedgestalt.federation.workflow import PhasedWorkflow
 from fedgestalt.hooks import get_registry
 from fedgestalt.messages import from_site
 from fedgestalt.similarity.gram import dense_gram

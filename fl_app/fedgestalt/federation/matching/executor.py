@@ -14,15 +14,15 @@ from fedgestalt import RESEARCH_USE_ONLY
 from fedgestalt.contracts import MatchingStrategy
 from fedgestalt.errors import ConfigError, ServerError
 from fedgestalt.federation import tasks
-from fedgestalt.federation.handshake import Present, present, versions
-from fedgestalt.federation.matching_messages import (
+from fedgestalt.federation.job.executor import Handler, SiteExecutor
+from fedgestalt.federation.job.handshake import Present, present, versions
+from fedgestalt.federation.matching.messages import (
     MaskedRows,
     MatchStart,
     OfferKeys,
     Ranked,
     ReleasedRows,
 )
-from fedgestalt.federation.site import Handler, SiteExecutor
 from fedgestalt.hooks import get_registry
 from fedgestalt.learning.device import choose_device
 from fedgestalt.learning.encoding import encode

@@ -20,7 +20,7 @@ _SILENT_AFTER_SECONDS = 10.0
 
 
 class JobView:
-    """Shows reports of :class:`~fedgestalt.federation.status.JobStatus` as they come.
+    """Shows reports of :class:`~fedgestalt.federation.job.status.JobStatus` as they come.
 
     A table that changes in place on a terminal; elsewhere a line when something changes, and one
     every few seconds.

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedgestalt.errors import ServerError, SiteError
-from fedgestalt.federation.handshake import versions
+from fedgestalt.federation.job.handshake import versions
 from fedgestalt.hooks.registry import Registry
 from fedgestalt.learning.ensemble import (
     Ensemble,

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from fedgestalt.federation.places import is_place
+from fedgestalt.federation.job.places import is_place
 
 log = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from typing import Any, Final
 
-from fedgestalt.federation.watch import SiteWatch
+from fedgestalt.federation.job.watch import SiteWatch
 
 PROGRESS_COMMAND: Final = "fgm.progress"
 SCHEMA: Final = "fedgestalt.progress/1"

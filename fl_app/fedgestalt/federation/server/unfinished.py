@@ -17,7 +17,7 @@ from nvflare.apis.fl_context import FLContext
 from nvflare.apis.job_def import Job, RunStatus
 
 import fedgestalt
-from fedgestalt.federation.progress import OUTCOME_FILE, write_outcome
+from fedgestalt.federation.job.progress import OUTCOME_FILE, write_outcome
 
 REASON: Final = (
     "the server ended while this job ran; nothing was published, and the sites have ended their"

@@ -20,9 +20,17 @@ from nvflare.apis.signal import Signal
 from nvflare.apis.utils.analytix_utils import create_analytic_dxo, send_analytic_dxo
 
 from fedgestalt.errors import ConfigError, PeerError, ServerError
-from fedgestalt.federation.aggregator import ZeroSumMaskAggregator
-from fedgestalt.federation.handshake import Present
-from fedgestalt.federation.rounds import (
+from fedgestalt.federation.job.handshake import Present
+from fedgestalt.federation.job.workflow import PhasedWorkflow
+from fedgestalt.federation.tasks import JOIN, PUBLISH, ROUND, UPDATE
+from fedgestalt.federation.training.aggregator import ZeroSumMaskAggregator
+from fedgestalt.federation.training.messages import (
+    Join,
+    Publish,
+    Published,
+    RoundStart,
+)
+from fedgestalt.federation.training.rounds import (
     can_judge_labels,
     check_update_norm,
     clipping_warning,
@@ -33,14 +41,6 @@ from fedgestalt.federation.rounds import (
     split_metrics,
     training_facts,
 )
-from fedgestalt.federation.tasks import JOIN, PUBLISH, ROUND, UPDATE
-from fedgestalt.federation.training_messages import (
-    Join,
-    Publish,
-    Published,
-    RoundStart,
-)
-from fedgestalt.federation.workflow import PhasedWorkflow
 from fedgestalt.hooks import get_registry
 from fedgestalt.hooks.registry import read_options
 from fedgestalt.learning.ensemble import Ensemble, SharedState, build_ensemble, read_shared_state

@@ -12,21 +12,21 @@ from numpy.typing import NDArray
 
 from fedgestalt.errors import ServerError
 from fedgestalt.federation import tasks
-from fedgestalt.federation.handshake import Present, present
-from fedgestalt.federation.rounds import (
+from fedgestalt.federation.job.executor import Handler, SiteExecutor
+from fedgestalt.federation.job.handshake import Present, present
+from fedgestalt.federation.training.messages import (
+    Join,
+    Publish,
+    Published,
+    RoundStart,
+)
+from fedgestalt.federation.training.rounds import (
     OWN_UPDATE,
     can_judge_labels,
     check_update_norm,
     round_facts,
     training_facts,
     with_metrics,
-)
-from fedgestalt.federation.site import Handler, SiteExecutor
-from fedgestalt.federation.training_messages import (
-    Join,
-    Publish,
-    Published,
-    RoundStart,
 )
 from fedgestalt.hooks import get_registry
 from fedgestalt.hooks.registry import read_options

@@ -17,11 +17,11 @@ from nvflare.apis.signal import Signal
 
 from fedgestalt.cohort import Cohort, read_cohort
 from fedgestalt.errors import FedgestaltError, SiteError
-from fedgestalt.federation.places import place_of
-from fedgestalt.federation.progress import ProgressLog
-from fedgestalt.federation.settings import SiteSettings, read_settings
-from fedgestalt.federation.watch import PING
-from fedgestalt.federation.wire import body, fault_reply, to_shareable
+from fedgestalt.federation.job.places import place_of
+from fedgestalt.federation.job.progress import ProgressLog
+from fedgestalt.federation.job.watch import PING
+from fedgestalt.federation.job.wire import body, fault_reply, to_shareable
+from fedgestalt.federation.site.settings import SiteSettings, read_settings
 from fedgestalt.messages import Message
 
 Handler = Callable[[object], Message]

@@ -20,9 +20,9 @@ from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import ReservedHeaderKey, Shareable
 
 from fedgestalt.errors import ConfigError, SiteError
-from fedgestalt.federation.settings import read_settings
+from fedgestalt.federation.job.wire import BODY, FAULT, FAULT_LIMIT, body, fault_reply
+from fedgestalt.federation.site.settings import read_settings
 from fedgestalt.federation.tasks import ANSWERS, TASK_PREFIX
-from fedgestalt.federation.wire import BODY, FAULT, FAULT_LIMIT, body, fault_reply
 from fedgestalt.messages import size_of
 
 SENT_FILE = "sent.jsonl"

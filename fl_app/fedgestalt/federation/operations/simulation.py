@@ -17,9 +17,9 @@ import yaml
 from nvflare.app_common.default_component_policy import DEFAULT_CLASS_ALLOW_LIST
 
 from fedgestalt.errors import SiteError
-from fedgestalt.federation.processes import ProcessFamily
-from fedgestalt.federation.progress import OUTCOME_FILE, PROGRESS_FILE
-from fedgestalt.federation.settings import FILE_NAME, SiteSettings
+from fedgestalt.federation.job.progress import OUTCOME_FILE, PROGRESS_FILE
+from fedgestalt.federation.operations.processes import ProcessFamily
+from fedgestalt.federation.site.settings import FILE_NAME, SiteSettings
 
 OnEvent = Callable[[str, dict[str, Any]], None]
 """Called with the party's name (``server`` or a site) and one event of its progress log."""

@@ -7,7 +7,7 @@ from nvflare.apis.shareable import Shareable
 from nvflare.app_common.abstract.aggregator import Aggregator
 
 from fedgestalt.errors import ServerError
-from fedgestalt.federation.wire import body
+from fedgestalt.federation.job.wire import body
 from fedgestalt.messages import from_site
 from fedgestalt.secagg import (
     Aggregate,

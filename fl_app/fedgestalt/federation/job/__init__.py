@@ -1,0 +1,1 @@
+"""What both ends of any job share: phases, handshake, watch, progress."""

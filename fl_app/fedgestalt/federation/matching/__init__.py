@@ -1,0 +1,1 @@
+"""The matching job: ranked syndromes through a masked kernel."""

@@ -1,0 +1,1 @@
+"""What people do with a consortium: submit, watch, rehearse, simulate."""

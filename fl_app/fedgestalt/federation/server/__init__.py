@@ -1,0 +1,1 @@
+"""Components of the server, outside the reach of any job."""

@@ -1,0 +1,1 @@
+"""What a site decides for itself, outside the reach of any job."""

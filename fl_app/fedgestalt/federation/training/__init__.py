@@ -1,0 +1,1 @@
+"""The training job: rounds of local training under secure aggregation."""
