@@ -3,8 +3,9 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+PEERS := build/peers-venv
 
-.PHONY: demo consortium test lint bench venv clean
+.PHONY: demo consortium test lint bench bench-peers venv clean
 
 demo: venv  ## the main job: hospitals train and match with one command
 	$(BIN)/fedgestalt demo
@@ -23,6 +24,15 @@ lint: venv  ## format, lint, types
 
 bench: venv  ## performance claims, as ratios
 	$(BIN)/python -m pytest tests/benchmarks --benchmark-only -p no:xdist
+
+bench-peers: $(PEERS)/.installed  ## the same against Flower and TenSEAL, in their own environment
+	$(PEERS)/bin/python -m pytest tests/benchmarks/test_secagg.py -k against --benchmark-only
+
+$(PEERS)/.installed: pyproject.toml tests/benchmarks/peers.txt
+	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -r tests/benchmarks/peers.txt
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	touch $@
 
 venv: $(STAMP)
 

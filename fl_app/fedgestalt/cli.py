@@ -366,6 +366,47 @@ def job_watch(kit: Path, job_id: str, download: Path | None, as_json: bool) -> N
         sys.exit(WORK_FAILED)
 
 
+@job.command("verify")
+@click.argument("result", type=click.Path(path_type=Path))
+@click.option(
+    "--root-ca",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    required=True,
+    help="The consortium's root certificate: rootCA.pem of any startup kit.",
+)
+@_json_option
+def job_verify(result: Path, root_ca: Path, as_json: bool) -> None:
+    """Check the signed transcript of a training job, offline.
+
+    RESULT is the job's downloaded result, or its transcript.json.
+    """
+    from fedgestalt.federation.training.transcript import check_transcript, find_transcript
+
+    rounds = check_transcript(find_transcript(result), root_ca.read_bytes())
+    rows = [
+        {
+            "round": str(checked.record["round"]),
+            "job": str(checked.record["job"]),
+            "sites": f"{len(checked.record['survivors'])} of {len(checked.record['roster'])}",
+            "threshold": str(checked.record["threshold"]),
+            "signed by": ", ".join(checked.signers),
+            "model": str(checked.record["model_after"])[:12],
+        }
+        for checked in rounds
+    ]
+    if as_json:
+        _as_json(
+            {"ok": True, "rounds": [{**c.record, "signed_by": list(c.signers)} for c in rounds]}
+        )
+        return
+    _table(rows, ("round", "job", "sites", "threshold", "signed by", "model"))
+    click.echo(
+        f"{len(rounds)} rounds hold: each was signed by its threshold, under certificates of this"
+        " root, and follows the one before."
+    )
+    click.echo(RESEARCH_USE_ONLY)
+
+
 def _tell_outcome(said: dict[str, Any], result: Path | None) -> None:
     state = said.get("status", "ended without an outcome")
     click.echo(f"job {said['job']}: {state} ({said['flare_status']})")

@@ -72,6 +72,14 @@ class PeerError(FedgestaltError):
         self.site = site
 
 
+class SiteLostError(PeerError):
+    """A site that died, fell silent or did not answer in time; others may go on without it."""
+
+
+class RoundFailedError(ServerError):
+    """Too few sites were left to open the sum of a round; it stays closed for ever."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Advice that names the known word nearest to ``name``, or lists all of them."""
     words = sorted(known)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import yaml
 from pydantic import Field
@@ -28,6 +28,10 @@ _META, _SERVER, _CLIENT = (
 _TASK_REQUEST_SECONDS = 0.1
 _TRANSFER_LIMITS = ("streaming_idle_timeout", "np_streaming_per_request_timeout")
 """FLARE's limits for one array on the line; too short for large models on slow lines."""
+_OUR_WATCH_DECIDES = {"dead_client_grace_period": 1e9}
+"""By itself, FLARE ends a job a minute after the death of a site that it names."""
+_AGGREGATOR = ("scope", "rule", "reveal_aggregate_to", "threat_model")
+"""Fields of the training job that are the aggregator's arguments."""
 _TENSORBOARD = "nvflare.app_opt.tracking.tb.tb_receiver.TBAnalyticsReceiver"
 
 
@@ -57,9 +61,18 @@ class JobSpec(Spec):
         """Arguments of the sites' executor."""
         raise NotImplementedError
 
+    def component_arguments(self) -> dict[str, dict[str, Any]]:
+        """Arguments of the server's components, by their ids."""
+        return {}
+
     @classmethod
-    def from_arguments(cls, arguments: Mapping[str, Any], minimum_sites: int) -> dict[str, Any]:
-        """Fields of the specification from the workflow's arguments."""
+    def from_arguments(
+        cls,
+        arguments: Mapping[str, Any],
+        components: Mapping[str, Mapping[str, Any]],  # noqa: ARG003  not every job has some
+        minimum_sites: int,
+    ) -> dict[str, Any]:
+        """Fields of the specification from the arguments of the workflow and its components."""
         return {**arguments, "minimum_sites": minimum_sites}
 
 
@@ -79,21 +92,54 @@ class TrainingJob(JobSpec):
     max_images_per_site: int = Field(
         default=4096, ge=2, description="public bound on a site's training images"
     )
+    scope: Literal["all", "encoder"] = Field(
+        default="all", description="what is aggregated; encoder: classifiers stay at the sites"
+    )
+    rule: Literal["mean", "class-weighted"] = Field(
+        default="mean",
+        description="class-weighted: a classifier's row is averaged over the sites that have the"
+        " class",
+    )
+    reveal_aggregate_to: Literal["server", "sites"] = Field(
+        default="server", description="who learns the sum of updates, and with it the model"
+    )
+    threat_model: Literal["malicious", "honest-but-curious"] = Field(
+        default="malicious",
+        description="what the server may do without learning more than the sum; honest-but-curious"
+        " trusts it to follow the protocol, so that more sites may be lost",
+    )
+    resume_from: str = Field(
+        default="",
+        pattern=r"^[A-Za-z0-9-]{0,64}$",
+        description="id of a training job that ended early, to go on from its last round",
+    )
 
     def workflow_arguments(self) -> dict[str, Any]:
         """See :class:`JobSpec`."""
-        fields = self.model_dump(mode="json", exclude={"minimum_sites"})
+        fields = self.model_dump(mode="json", exclude=set(_AGGREGATOR))
         return {**fields, "aggregator_id": "aggregator"}
+
+    def component_arguments(self) -> dict[str, dict[str, Any]]:
+        """See :class:`JobSpec`."""
+        return {"aggregator": self.model_dump(mode="json", include=set(_AGGREGATOR))}
 
     def executor_arguments(self) -> dict[str, Any]:
         """See :class:`JobSpec`."""
-        return {"ensemble": self.ensemble.model_dump(mode="json")}
+        return {
+            "ensemble": self.ensemble.model_dump(mode="json"),
+            "phase_limit_seconds": self.phase_limit_seconds,
+        }
 
     @classmethod
-    def from_arguments(cls, arguments: Mapping[str, Any], minimum_sites: int) -> dict[str, Any]:
+    def from_arguments(
+        cls,
+        arguments: Mapping[str, Any],
+        components: Mapping[str, Mapping[str, Any]],
+        minimum_sites: int,  # noqa: ARG003  the workflow's own says the same
+    ) -> dict[str, Any]:
         """See :class:`JobSpec`."""
         fields = {k: v for k, v in arguments.items() if k != "aggregator_id"}
-        return {**fields, "minimum_sites": minimum_sites}
+        return {**fields, **components.get("aggregator", {})}
 
 
 class MatchingJob(JobSpec):
@@ -224,12 +270,14 @@ def _job_files(job: JobSpec, name: str) -> dict[Path, dict[str, Any]]:
     components = []
     if isinstance(job, TrainingJob):
         path = "fedgestalt.federation.training.aggregator.ZeroSumMaskAggregator"
-        components.append({"id": "aggregator", "path": path, "args": {}})
+        chosen = job.component_arguments()["aggregator"]
+        components.append({"id": "aggregator", "path": path, "args": chosen})
         components.append({"id": "metrics", "path": _TENSORBOARD, "args": {}})
     patience = dict.fromkeys(_TRANSFER_LIMITS, job.phase_limit_seconds)
     server = {
         "format_version": 2,
         **patience,
+        **_OUR_WATCH_DECIDES,
         "server": {"task_request_interval": _TASK_REQUEST_SECONDS},
         "task_data_filters": [],
         "task_result_filters": [],
@@ -268,7 +316,7 @@ def read_job(folder: Path) -> JobSpec:
     arguments = workflow.get("args", {})
     if not isinstance(arguments, dict):
         raise ConfigError("args is no JSON object", where=str(folder / _SERVER))
-    fields = job_type.from_arguments(arguments, minimum)
+    fields = job_type.from_arguments(arguments, _components(files[_SERVER]), minimum)
     job = read_options(job_type, fields, where=str(folder / _SERVER))
     for relative, expected in _job_files(job, str(files[_META].get("name"))).items():
         if files[relative] != expected:
@@ -279,6 +327,19 @@ def read_job(folder: Path) -> JobSpec:
                 remedy="render the job again with `fedgestalt job render`",
             )
     return job
+
+
+def _components(server: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Arguments of the components of a job, by their ids; what is none is left out."""
+    listed = server.get("components")
+    found = (
+        [entry for entry in listed if isinstance(entry, dict)] if isinstance(listed, list) else []
+    )
+    return {
+        str(entry.get("id")): entry["args"]
+        for entry in found
+        if isinstance(entry.get("args"), dict)
+    }
 
 
 def _read_json(path: Path) -> dict[str, Any]:

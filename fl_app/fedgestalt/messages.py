@@ -9,8 +9,9 @@ the error that the caller chose, so that it names whoever sent the message.
 from __future__ import annotations
 
 import dataclasses
+import enum
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Final, Self
 
 import numpy as np
 
@@ -23,6 +24,10 @@ Fault = Callable[[str], FedgestaltError]
 """Makes the error for a sentence about a message."""
 
 _SCHEMA_KEY = "schema"
+_WORD_LETTERS = set("abcdefghijklmnopqrstuvwxyz0123456789-")
+
+MAXIMUM_SITES: Final = 64
+"""Most sites that one message may speak of."""
 
 
 def from_site(site: str) -> Fault:
@@ -42,7 +47,7 @@ class Message:
 
     def to_fields(self) -> dict[str, Any]:
         """Return the message as a flat mapping."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
+        values = {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
         return {_SCHEMA_KEY: self.schema, **values}
 
     @classmethod
@@ -56,17 +61,21 @@ class Message:
             raise fault(f"expected {cls.schema}, got {type(fields).__name__}")
         said = fields.get(_SCHEMA_KEY)
         if not isinstance(said, str) or said != cls.schema:
-            raise fault(f"expected {cls.schema}, got {str(said)[:80]!r}")
+            raise fault(f"expected {cls.schema}, got {_shown(said)}")
         expected = dataclasses.fields(cls)  # type: ignore[arg-type]
         names = {f.name for f in expected} | {_SCHEMA_KEY}
         if fields.keys() != names:
-            differing = sorted(map(str, fields.keys() ^ names))
-            raise fault(f"{cls.schema}: missing or unknown field {differing[0][:80]!r}")
+            differing = sorted(map(_shown, fields.keys() ^ names))
+            raise fault(f"{cls.schema}: missing or unknown field {differing[0]}")
         for spec in expected:
             wrong = spec.metadata["check"](fields[spec.name])
             if wrong:
                 raise fault(f"{cls.schema}: field {spec.name!r} {wrong}")
-        values = {spec.name: _frozen(fields[spec.name]) for spec in expected}
+        values = {}
+        for spec in expected:
+            inner = spec.metadata.get("inner")
+            value = fields[spec.name]
+            values[spec.name] = inner(value, fault) if inner else _frozen(value)
         return cls(**values)
 
 
@@ -89,19 +98,62 @@ def _frozen(value: object) -> object:
     return tuple(value) if isinstance(value, list) else value
 
 
+def _shown(value: object) -> str:
+    """A text for an error; of anything else only the type, for it may be endless."""
+    return repr(value[:80]) if isinstance(value, str) else type(value).__name__
+
+
 def _checked(check: Check) -> Any:
     return dataclasses.field(metadata={"check": check})
 
 
-def octets(size: int) -> Any:
-    """Declare a field of exactly ``size`` bytes."""
-    return _checked(lambda value: _octets(value, size))
+def _plain(value: object) -> object:
+    if isinstance(value, Message):
+        return value.to_fields()
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, enum.Enum):  # FLARE lets no class of ours onto the line
+        return value.value
+    return value
 
 
-def _octets(value: object, size: int) -> str:
+def octets(least: int, most: int | None = None) -> Any:
+    """Declare a field of ``least`` to ``most`` bytes; without ``most``, of exactly ``least``."""
+    return _checked(lambda value: _octets(value, least, most))
+
+
+def _octets(value: object, least: int, most: int | None) -> str:
     if not isinstance(value, bytes):
         return f"is {type(value).__name__}, not bytes"
-    return "" if len(value) == size else f"has {len(value)} bytes, not {size}"
+    if most is None:
+        return "" if len(value) == least else f"has {len(value)} bytes, not {least}"
+    return "" if least <= len(value) <= most else f"has {len(value)} bytes, not {least}..{most}"
+
+
+def message(kind: type[Message]) -> Any:
+    """Declare a field that holds another message."""
+    return dataclasses.field(metadata={"check": _mapping, "inner": kind.from_fields})
+
+
+def message_by_site(kind: type[Message], limit: int = MAXIMUM_SITES) -> Any:
+    """Declare a mapping from site name to another message."""
+
+    def decode(value: Mapping[str, object], fault: Fault) -> dict[str, Message]:
+        return {site: kind.from_fields(inner, fault) for site, inner in value.items()}
+
+    return dataclasses.field(metadata={"check": lambda v: _sites(v, limit), "inner": decode})
+
+
+def _mapping(value: object) -> str:
+    return "" if isinstance(value, Mapping) else f"is {type(value).__name__}, not a mapping"
+
+
+def _sites(value: object, limit: int) -> str:
+    if not isinstance(value, Mapping):
+        return _mapping(value)
+    if len(value) > limit:
+        return f"has {len(value)} entries, more than {limit}"
+    return next((f"has a name that {wrong}" for s in value if (wrong := _text(s, 200))), "")
 
 
 def text(limit: int = 200) -> Any:
@@ -115,6 +167,18 @@ def _text(value: object, limit: int) -> str:
     return (
         "" if 0 < len(value) <= limit and value.isprintable() else "is empty, long or unprintable"
     )
+
+
+def word(limit: int) -> Any:
+    """Declare a field of 0..``limit`` lower-case letters, digits and hyphens."""
+
+    def check(value: object) -> str:
+        if not isinstance(value, str):
+            return f"is {type(value).__name__}, not text"
+        right = len(value) <= limit and not set(value) - _WORD_LETTERS
+        return "" if right else "is no word of letters, digits and hyphens"
+
+    return _checked(check)
 
 
 def hexadecimal(length: int = 64) -> Any:
@@ -138,7 +202,10 @@ def integer(low: int, high: int) -> Any:
 def _integer(value: object, low: int, high: int) -> str:
     if not isinstance(value, int) or isinstance(value, bool):
         return f"is {type(value).__name__}, not an integer"
-    return "" if low <= value <= high else f"is {value}, outside {low}..{high}"
+    if low <= value <= high:
+        return ""
+    shown = value if value.bit_length() <= 64 else f"of {value.bit_length()} bits"
+    return f"is {shown}, outside {low}..{high}"
 
 
 def array(dtype: str, dimensions: int) -> Any:
@@ -156,32 +223,34 @@ def array(dtype: str, dimensions: int) -> Any:
     return _checked(check)
 
 
-def octets_by_site(size: int | None = None) -> Any:
-    """Declare a mapping from site name to bytes (of exactly ``size``, if given)."""
+def octets_by_site(
+    least: int | None = None, most: int | None = None, limit: int = MAXIMUM_SITES
+) -> Any:
+    """Declare a mapping from site name to bytes; sizes as for :func:`octets`, if given."""
 
     def check(value: object) -> str:
-        if not isinstance(value, Mapping):
-            return f"is {type(value).__name__}, not a mapping"
-        for site, content in value.items():
-            wrong = _text(site, 200)
-            if not wrong and isinstance(content, bytes):
-                wrong = "" if size is None else _octets(content, size)
-            elif not wrong:
-                wrong = f"holds {type(content).__name__}, not bytes"
-            if wrong:
-                return wrong
+        wrong = _sites(value, limit)
+        if wrong or not isinstance(value, Mapping):
+            return wrong
+        for content in value.values():
+            if not isinstance(content, bytes):
+                return f"holds {type(content).__name__}, not bytes"
+            if least is not None and (wrong := _octets(content, least, most)):
+                return f"holds one that {wrong}"
         return ""
 
     return _checked(check)
 
 
-def several(check_one: Any) -> Any:
-    """Declare a sequence whose members each pass the check of ``check_one``, another field."""
+def several(check_one: Any, limit: int = 1000) -> Any:
+    """Declare a sequence of at most ``limit`` members that pass the check of another field."""
     inner: Check = check_one.metadata["check"]
 
     def check(value: object) -> str:
         if not isinstance(value, Sequence) or isinstance(value, str | bytes):
             return f"is {type(value).__name__}, not a sequence"
+        if len(value) > limit:
+            return f"has {len(value)} members, more than {limit}"
         return next((f"has a member that {wrong}" for wrong in map(inner, value) if wrong), "")
 
     return _checked(check)

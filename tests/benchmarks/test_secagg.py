@@ -1,51 +1,354 @@
-"""Performance claims of secure aggregation, as ratios measured in one process."""
+"""Performance claims of secure aggregation, as ratios measured in one process.
+
+How it is measured:
+
+- Everything that is compared runs in turn, A B A B, and a ratio is one of medians over the rounds.
+  The vector has 65.2 M words (a face network). A quarter of it is at work, which is still far
+  larger than the caches; what is done word by word is scaled linearly, messages are not.
+- All sides work on one thread, and time is this process's CPU time, so that other work on the
+  machine counts as little as it can. Memory bandwidth and caches are still shared.
+- ``extra_info`` of a benchmark holds the ratio, what it is against, the target, and the medians in
+  seconds. The seconds in pytest-benchmark's own table are of whole rounds, all sides together.
+- A number of another library is measured here and now, never quoted. ``make bench-peers`` builds
+  the environment for that (extra ``peers``).
+
+What belongs to the critical path of a round, and what does not:
+
+- Inside, of one site: the copy of its vector, the masking, and all it does for the messages (keys,
+  shares, deliveries, endorsement, unmask shares; RSA-2048 signatures, as FLARE's certificates
+  have). Inside, of the server: the same for all *n* sites, the room for the sum, adding *n*
+  vectors, recovering the seeds and taking the streams off. No site is lost.
+- The floor is what FedAvg without masks does with as many float32 values: one copy at a site; at
+  the server the room for the sum and *n* additions to it, vector by vector and piece by piece, as
+  they arrive. ``ratio_weighted`` is against a floor that also multiplies each by its weight, as
+  FedAvg does; here the weight is in the words already.
+- Outside: the network, the (de)serialization of messages and vectors, and files. Turning numbers
+  into words and back is outside, too, and has its own benchmark.
+- All *n* sites mask one and the same update, one after another in the same buffer, so that memory
+  does not grow with *n*.
+"""
 
 from __future__ import annotations
 
-import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from typing import Any
 
 import numpy as np
+import pytest
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from numpy.typing import NDArray
+from secagg_round import (
+    WEIGHT,
+    Certificate,
+    Round,
+    Stopwatch,
+    altogether,
+    messages_only,
+    plan_for,
+    typical,
+)
 
-from fedgestalt.secagg import KeyRoster, NumberPlan, SessionFacts, SiteSession, TensorPlan
+from fedgestalt.secagg import Recipient, ThreatModel
+from fedgestalt.secagg.stream import Calibration, calibrate
 
-WORDS = 4 << 20
-SITES = tuple(f"site-{i}" for i in range(4))
+WORDS = 65_200_000
+SLICE = WORDS // 4
+SCALE = WORDS / SLICE
+SITES = (4, 8, 16)
+ROUNDS = {4: 15, 8: 9, 16: 5}
+PIECE = 1 << 20
+CACHED = (128 << 10, 256 << 10)
+PEERS = "needs the extra [peers] in an environment of its own: make bench-peers"
+
+pytestmark = pytest.mark.timeout(1200)
 
 
-def seconds(work: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
+@pytest.fixture(scope="module", autouse=True)
+def calibration() -> Calibration:
+    return calibrate(time.perf_counter)
 
 
-def test_secagg_client_mask(benchmark) -> None:
-    """Encode and mask one site's update, against adding shared-seed Gaussian masks to it."""
-    plan = NumberPlan(len(SITES), 100, (TensorPlan("w", (WORDS,), 0),))
-    facts = SessionFacts("benchmark", 1, 1, bytes(32), plan, SITES)
-    update = {"w": np.random.default_rng(0).uniform(-1, 1, WORDS).astype(np.float32)}
+@pytest.fixture(scope="module")
+def certificates() -> list[Certificate]:
+    return [Certificate() for _ in range(max(SITES))]
 
-    def ours() -> None:
-        sessions = {site: SiteSession(site, facts) for site in SITES}
-        keys = KeyRoster({site: s.offer_key().public_key for site, s in sessions.items()})
-        sessions[SITES[0]].mask(keys, plan.encode(update, 50))
 
-    def shared_seed() -> None:
-        rng = np.random.default_rng(7)
-        masks = [rng.normal(size=WORDS) for _ in SITES]
-        np.add(update["w"], masks[0] - sum(masks) / len(SITES))
+@pytest.fixture(scope="module")
+def update() -> NDArray[np.float32]:
+    values = np.random.default_rng(0).standard_normal(SLICE - 2, dtype=np.float32)
+    values *= 0.1
+    return values
 
-    ours()
-    shared_seed()
-    pairs = [(seconds(ours), seconds(shared_seed)) for _ in range(5)]
-    ratio = statistics.median(theirs / mine for mine, theirs in pairs)
+
+def report(
+    benchmark: Any, against: str, ratio: float, target: float | None, **more: object
+) -> None:
+    """Write down a ratio in ``extra_info``, seconds rounded to 0.1 ms."""
+    benchmark.extra_info |= {"ratio": round(ratio, 3), "against": against, "target": target}
+    benchmark.extra_info |= {"words": WORDS, "slice": SLICE}
     benchmark.extra_info |= {
-        "ratio": round(ratio, 2),
-        "against": "Gaussian masks of all sites drawn from one shared seed (NumPy)",
-        "target": 2.0,
-        "words": WORDS,
-        "sites": len(SITES),
+        name: round(value, 4) if isinstance(value, float) else value for name, value in more.items()
     }
-    benchmark.pedantic(ours, rounds=3)
-    assert ratio >= 2.0
+
+
+def keystream(chunk: int, gcm: bool, octets: int) -> None:
+    """AES-256 keystream alone, made into the same chunk over and over."""
+    mode = modes.GCM(bytes(12)) if gcm else modes.CTR(bytes(16))
+    encryptor = Cipher(algorithms.AES256(bytes(32)), mode).encryptor()
+    zeros, target = bytes(chunk), bytearray(chunk + 16)
+    for _ in range(octets // chunk):
+        encryptor.update_into(zeros, target)
+
+
+def additions(chunk: int, octets: int) -> None:
+    """Additions alone, of two chunks that stay in the cache."""
+    total, words = np.zeros(chunk // 4, np.uint32), np.ones(chunk // 4, np.uint32)
+    for _ in range(octets // chunk):
+        np.add(total, words, out=total)
+
+
+@pytest.mark.parametrize("sites", SITES)
+def test_client_masking(benchmark, calibration, certificates, sites: int) -> None:
+    """What one site does in ``mask``: *n* - 1 pair streams and its own, against their limit.
+
+    The limit is 1 / (1 / keystream + 1 / add): as many bytes of keystream by the faster of
+    OpenSSL's two ways and as many additions, each alone, in chunks that never leave the cache.
+    """
+    rounds, gcm = [], calibration.gcm > calibration.ctr
+    words, octets = np.zeros(SLICE, np.uint32), 4 * SLICE * sites
+
+    def turn() -> None:
+        session = Round(certificates[:sites], SLICE)
+        watch = Stopwatch()
+        for chunk in CACHED:
+            watch(f"keystream {chunk}", keystream, chunk, gcm, octets)
+            watch(f"additions {chunk}", additions, chunk, octets)
+        watch("mask", session.sites[f"site-{sites // 2:02d}"].mask, words)
+        rounds.append(watch.steps)
+
+    benchmark.pedantic(turn, rounds=ROUNDS[sites])
+    made = min(typical(rounds, f"keystream {chunk}") for chunk in CACHED)
+    added = min(typical(rounds, f"additions {chunk}") for chunk in CACHED)
+    masked = typical(rounds, "mask")
+    report(
+        benchmark,
+        "1 / (1 / keystream + 1 / add), at least",
+        (made + added) / masked,
+        0.70,
+        sites=sites,
+        mask=masked * SCALE,
+        keystream=made * SCALE,
+        add=added * SCALE,
+        gigabytes_per_second=octets / masked / 1e9,
+    )
+    assert (made + added) / masked >= 0.70
+
+
+@pytest.mark.parametrize("sites", SITES)
+def test_critical_path(benchmark, certificates, update, sites: int) -> None:
+    """One site's and the server's work of a round, against FedAvg without masks."""
+    rounds, fixed = [], []
+    words = plan_for(sites, SLICE).encode({"w": update}, WEIGHT)
+    masked, copied = np.zeros_like(words), np.zeros_like(update)
+    elsewhere = np.ones(SLICE, np.uint32)  # read before each step: all find the caches alike
+    scratch = np.zeros(CACHED[0] // 4, np.float32)
+
+    def add(total: NDArray[np.float32]) -> None:
+        for start in range(0, total.size, PIECE):
+            part = total[start : start + PIECE]
+            np.add(part, copied[start : start + PIECE], out=part)
+
+    def add_weighted(total: NDArray[np.float32]) -> None:
+        for start in range(0, total.size, scratch.size):
+            part, piece = (of[start : start + scratch.size] for of in (total, copied))
+            scaled = np.multiply(piece, np.float32(0.25), out=scratch[: piece.size])
+            np.add(part, scaled, out=part)
+
+    def turn() -> None:
+        fixed.append(messages_only(certificates[:sites]))
+        session = Round(certificates[:sites], SLICE)
+        watch, server = session.watch, session.server
+        floor, weighted = (np.zeros(update.size, update.dtype) for _ in range(2))
+        for site, one in session.sites.items():
+            pieces = (masked[start : start + PIECE] for start in range(0, SLICE, PIECE))
+            for step, work, *given in (
+                ("copy", np.copyto, masked, words),
+                ("floor copy", np.copyto, copied, update),
+                ("mask", one.mask, masked),
+                ("add", server.accept_vector, site, pieces, SLICE),
+                ("floor add", add, floor),
+                ("weighted add", add_weighted, weighted),
+            ):
+                elsewhere.max()
+                watch(step, work, *given)
+        total = session.finish()
+        assert np.array_equal(total, words * np.uint32(sites))
+        rounds.append(watch.steps)
+
+    benchmark.pedantic(turn, rounds=ROUNDS[sites])
+    copy, mask, floor_copy = (typical(rounds, step) for step in ("copy", "mask", "floor copy"))
+    unmask = typical(rounds, "total") - typical(fixed, "total")
+    client = (copy + mask) * SCALE + altogether(fixed, "messages") / sites
+    server = (altogether(rounds, "add") + unmask) * SCALE
+    server += altogether(fixed, "server") + altogether(fixed, "total")
+    floor_client, floor_server = floor_copy * SCALE, altogether(rounds, "floor add") * SCALE
+    floor_weighted = altogether(rounds, "weighted add") * SCALE
+    ratio = (client + server) / (floor_client + floor_server)
+    report(
+        benchmark,
+        "copy and sum of FedAvg without masks, at most",
+        ratio,
+        2.3,
+        ratio_weighted=(client + server) / (floor_client + floor_weighted),
+        sites=sites,
+        client=client,
+        client_mask=mask * SCALE,
+        client_messages=altogether(fixed, "messages") / sites,
+        server=server,
+        server_add=altogether(rounds, "add") * SCALE,
+        server_unmask=unmask * SCALE,
+        server_messages=altogether(fixed, "server") + altogether(fixed, "total"),
+        floor_client=floor_client,
+        floor_server=floor_server,
+        floor_server_weighted=floor_weighted,
+    )
+    assert ratio <= 2.3
+
+
+@pytest.mark.parametrize("direction", ["encode", "decode"])
+def test_numbers(benchmark, update, direction: str) -> None:
+    """Float32 to words and back, each against a copy of the float32 values. No target.
+
+    No value is clipped.
+    """
+    rounds, plan = [], plan_for(8, SLICE)
+    words = plan.encode({"w": update}, WEIGHT)
+
+    def turn() -> None:
+        watch = Stopwatch()
+        if direction == "encode":
+            watch("numbers", plan.encode, {"w": update}, WEIGHT)
+        else:
+            watch("numbers", plan.decode(words).mean.__getitem__, "w")
+        watch("copy", update.copy)
+        rounds.append(watch.steps)
+
+    benchmark.pedantic(turn, rounds=20)
+    numbers, copy = typical(rounds, "numbers"), typical(rounds, "copy")
+    against = "a copy of as many float32 values; no target"
+    report(benchmark, against, numbers / copy, None, seconds=numbers * SCALE, copy=copy * SCALE)
+
+
+class Site:
+    """What one site does for a vector of ``WORDS`` words: vectors of a slice, scaled linearly."""
+
+    def __init__(
+        self,
+        certificates: Sequence[Certificate],
+        update: NDArray[np.float32],
+        recipient: Recipient = Recipient.SERVER,
+    ) -> None:
+        self._certificates, self._recipient = certificates, recipient
+        self._update = {"w": update}
+        self._rounds: list[Mapping[str, Sequence[float]]] = []
+        self._fixed: list[Mapping[str, Sequence[float]]] = []
+
+    def turn(self) -> None:
+        other = Round(self._certificates, SLICE, self._recipient)
+        plan, watch = plan_for(len(self._certificates), SLICE), Stopwatch()
+        site = other.sites["site-01"]
+        words = watch("encode", plan.encode, self._update, WEIGHT)
+        watch("mask", site.mask, words)
+        if self._recipient is Recipient.SITES:
+            watch("unveil", site.unveil, words, list(other.sites))
+            words[-2:] = 0, WEIGHT
+            watch("decode", lambda: plan.decode(words).mean["w"])
+        self._rounds.append(watch.steps)
+        self._fixed.append(messages_only(self._certificates, self._recipient))
+
+    def seconds(self, *steps: str) -> float:
+        slices = sum(typical(self._rounds, step) for step in steps)
+        return slices * SCALE + altogether(self._fixed, "messages") / len(self._certificates)
+
+
+@pytest.mark.parametrize("sites", SITES)
+def test_against_flower(benchmark, certificates, update, sites: int) -> None:
+    """One client's whole work of a round, against the same made of Flower's SecAgg+ utilities.
+
+    Both sides: keys, shares and boxes, float32 to words, one mask with every other client and one
+    of its own. Neither side turns messages into bytes of a wire format. Flower as it comes: values
+    in -8..8, 22 bits, modulus 2^32.
+    """
+    peers = pytest.importorskip("secagg_peers", reason=PEERS, exc_type=ImportError)
+    ours, theirs = Site(certificates[:sites], update), []
+    threshold = ThreatModel.MALICIOUS.threshold(sites)
+
+    def turn() -> None:
+        ours.turn()
+        watch = Stopwatch()
+        flower = watch("messages", peers.FlowerClient, sites, threshold)
+        flower.meet()
+        watch("messages", flower.share)
+        watch("messages", flower.receive)
+        watch("mask", flower.mask, update)
+        watch.steps["all messages"].append(sum(watch.steps["messages"]))
+        theirs.append(watch.steps)
+
+    benchmark.pedantic(turn, rounds=ROUNDS[sites])
+    mine = ours.seconds("encode", "mask")
+    other = typical(theirs, "mask") * SCALE + typical(theirs, "all messages")
+    report(
+        benchmark,
+        f"a client made of the SecAgg+ utilities of flwr {version('flwr')}, at least",
+        other / mine,
+        10,
+        sites=sites,
+        client=mine,
+        peer_client=other,
+        peer_messages=typical(theirs, "all messages"),
+    )
+    assert other / mine >= 10
+
+
+@pytest.mark.parametrize("sites", SITES)
+def test_against_tenseal(benchmark, certificates, update, sites: int) -> None:
+    """One client's whole work before the upload, against CKKS encryption of the same values.
+
+    CKKS as FLARE provisions and calls it: degree 8192, moduli of 60, 40 and 40 bits, scale 2^40,
+    symmetric, values weighted in float64, not serialized; ``CIPHERTEXTS`` ciphertexts, scaled
+    linearly. Its server sees no sum, so our server sees none either (one more mask; ``Recipient``
+    is ``SITES``). ``ratio_round`` adds what a client does after the download: decryption there,
+    taking the common masks off and decoding here.
+    """
+    peers = pytest.importorskip("secagg_peers", reason=PEERS, exc_type=ImportError)
+    ours, theirs = Site(certificates[:sites], update, Recipient.SITES), []
+    context = peers.ckks_context()
+    values = update[: peers.CIPHERTEXTS * peers.VALUES_PER_CIPHERTEXT]
+
+    def turn() -> None:
+        ours.turn()
+        watch = Stopwatch()
+        encrypted = watch("encrypt", peers.encrypt, context, values)
+        watch("decrypt", peers.decrypt, context, encrypted)
+        theirs.append(watch.steps)
+
+    benchmark.pedantic(turn, rounds=ROUNDS[sites])
+    mine, scale = ours.seconds("encode", "mask"), WORDS / values.size
+    encryption, decryption = (typical(theirs, step) * scale for step in ("encrypt", "decrypt"))
+    whole = ours.seconds("encode", "mask", "unveil", "decode")
+    report(
+        benchmark,
+        f"CKKS encryption by tenseal {version('tenseal')}, at least",
+        encryption / mine,
+        100,
+        ratio_round=(encryption + decryption) / whole,
+        sites=sites,
+        peer_slice=values.size,
+        client=mine,
+        client_round=whole,
+        peer_encryption=encryption,
+        peer_decryption=decryption,
+    )
+    assert encryption / mine >= 100

@@ -23,6 +23,7 @@ from hospitals import Hospitals
 import fedgestalt
 from fedgestalt.errors import ServerError
 from fedgestalt.federation.operations.local import LocalConsortium
+from fedgestalt.federation.tasks import TRAIN
 from fedgestalt.jobs import JobSpec
 
 OnReport = Callable[[dict[str, Any]], None]
@@ -64,7 +65,7 @@ class Faults:
 
 
 if (here / "fault.py").exists():
-    fault = {}
+    fault = {"here": here}
     exec((here / "fault.py").read_text(), fault)
     Faults.patches = fault["PATCHES"]
     sys.meta_path.insert(0, Faults)
@@ -76,9 +77,9 @@ import numpy as np
 
 def changed_round(module):
     run_round = module.LocalTrainer.run_round
-    def changed(self, state, number, progress):
+    def changed(self, state, number, progress, repeat=0):
         {before}
-        new, metrics = run_round(self, state, number, progress)
+        new, metrics = run_round(self, state, number, progress, repeat)
         return {{name: {new} for name, values in new.items()}}, metrics
     module.LocalTrainer.run_round = changed
 
@@ -126,6 +127,90 @@ time.time = lambda: real() + {seconds}
 """
 
 
+FALL = """
+import os
+import signal
+import time
+
+asked = []
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def die_with_parent():
+    os.kill(os.getppid(), signal.SIGKILL)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def freeze():
+    os.kill(os.getppid(), signal.SIGSTOP)
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+def hang():
+    time.sleep(300)
+
+def wait():
+    while not (here / "go").exists():
+        time.sleep(0.1)
+
+def fall():
+    while len(asked) < 2:
+        time.sleep(0.1)
+    (here / "fell").write_text(repr(time.time()))
+    {how}()
+
+def falls(module):
+    trainer, upload, calls = module.EnsembleTrainer, module.upload, []
+    handlers, on_ping = trainer.handlers, trainer._on_ping
+
+    def with_fall(self):
+        found = dict(handlers(self))
+        handle = found["{task}"]
+        def handle_or_fall(fields):
+            calls.append(fields)
+            if len(calls) == {call} and {chunk} is None:
+                fall()
+            return handle(fields)
+        return found | {{"{task}": handle_or_fall}}
+
+    def upload_or_fall(*arguments, progress, **options):
+        def count(done, total):
+            progress(done, total)
+            if len(calls) == {call} and done == {chunk}:
+                fall()
+        upload(*arguments, progress=count, **options)
+        if len(calls) == {call} and {chunk} == 0:
+            fall()
+
+    def ping(self, **arguments):
+        asked.append(arguments)
+        return on_ping(self, **arguments)
+
+    trainer.handlers, trainer._on_ping = with_fall, ping
+    module.upload = upload_or_fall
+
+PATCHES = {{"fedgestalt.federation.training.executor": falls}}
+"""
+"""A job process that dies, alone or with its parent, freezes with its parent, hangs, or waits.
+
+The server has heard of it before: it asks every process whether it is alive. ``here/fell`` says
+when it happened.
+"""
+
+
+def falls_in(task: str, call: int = 1, how: str = "die", chunk: int | None = None) -> str:
+    """A site falls when a task comes for the ``call``-th time.
+
+    Args:
+        task: which.
+        call: counted in each job.
+        how: ``die``, ``die_with_parent``, ``freeze``, ``hang``, or ``wait`` for
+            :meth:`Patient.go`.
+        chunk: of the task's upload; then it falls when so many are through, and with 0 after all of
+            them are, before it answers.
+    """
+    return FALL.format(task=task, call=call, how=how, chunk=chunk)
+
+
 def slow(seconds: float) -> str:
     """A round takes so much longer."""
     return CHANGED_ROUND.format(before=f"time.sleep({seconds})", new="values")
@@ -150,10 +235,22 @@ class Patient:
     def suffers(self, fault: str) -> Iterator[None]:
         """Every process that the site starts meanwhile has this fault."""
         (self.folder / "fault.py").write_text(fault)
+        for note in ("fell", "go"):
+            (self.folder / note).unlink(missing_ok=True)
         try:
             yield
         finally:
             (self.folder / "fault.py").unlink()
+
+    @property
+    def fell(self) -> float | None:
+        """When the site fell, if it did; see :data:`FALL`."""
+        note = self.folder / "fell"
+        return float(note.read_text()) if note.exists() else None
+
+    def go(self) -> None:
+        """Let it go on, if it waits."""
+        (self.folder / "go").touch()
 
     @contextlib.contextmanager
     def has_other_files(self) -> Iterator[None]:
@@ -217,7 +314,7 @@ class Ward:
         def alone() -> bool:
             report = self.report(job)
             working = [s for s, e in report.get("sites", {}).items() if e["state"] == "working"]
-            return report.get("phase") == "fgm_update" and working == [site]
+            return report.get("phase") == TRAIN and working == [site]
 
         until(alone, f"{site} to be the last one that trains")
 

@@ -1,11 +1,16 @@
-"""Both jobs, run once and inspected by many tests."""
+"""Jobs that are run once and inspected by many tests, and data that many jobs share."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
-from consortium import BothJobs, Consortium, tiny_ensemble
+from consortium import BothJobs, Consortium, Plain, one_network, tiny_ensemble, write_kits
 
 from fedgestalt.jobs import MatchingJob, TrainingJob
+
+FOUR = ("berlin", "bonn", "leuven", "ulm")
+FIVE = ("berlin", "bonn", "leuven", "paris", "ulm")
 
 
 @pytest.fixture(scope="session")
@@ -17,3 +22,36 @@ def both_jobs(tmp_path_factory: pytest.TempPathFactory) -> BothJobs:
     matching = consortium.run(job)
     assert matching.outcome["status"] == "completed", matching.outcome
     return BothJobs(consortium, training, matching)
+
+
+@pytest.fixture(scope="session")
+def three_sites(tmp_path_factory: pytest.TempPathFactory) -> Consortium:
+    """Data alone: a test runs its jobs on consortiums of its own that share them."""
+    return Consortium(tmp_path_factory.mktemp("three"))
+
+
+@pytest.fixture(scope="session")
+def four_sites(tmp_path_factory: pytest.TempPathFactory) -> Consortium:
+    return Consortium(tmp_path_factory.mktemp("four"), sites=FOUR)
+
+
+@pytest.fixture(scope="session")
+def five_sites(tmp_path_factory: pytest.TempPathFactory) -> Consortium:
+    return Consortium(tmp_path_factory.mktemp("five"), sites=FIVE)
+
+
+@pytest.fixture(scope="session")
+def plain_four(four_sites: Consortium) -> Plain:
+    """What the jobs of :func:`one_network` come to with four sites."""
+    return Plain(four_sites, TrainingJob(ensemble=one_network()))
+
+
+@pytest.fixture(scope="session")
+def plain_five(five_sites: Consortium) -> Plain:
+    return Plain(five_sites, TrainingJob(ensemble=one_network()))
+
+
+@pytest.fixture(scope="session")
+def kits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Startup kits of three sites, as far as identities go."""
+    return write_kits(tmp_path_factory.mktemp("kits") / "kits", ("berlin", "bonn", "leuven"))

@@ -6,23 +6,33 @@ is kept for inspection.
 
 from __future__ import annotations
 
+import contextlib
+import datetime as dt
+import functools
 import json
+import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 import yaml
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.x509.oid import NameOID
 from numpy.typing import NDArray
 from nvflare.apis.client import Client
 from nvflare.apis.event_type import EventType
 from nvflare.apis.fl_component import FLComponent
-from nvflare.apis.fl_constant import FLContextKey, ReturnCode
-from nvflare.apis.fl_context import FLContextManager
+from nvflare.apis.fl_constant import FLContextKey, ReservedKey, ReturnCode
+from nvflare.apis.fl_context import FLContext, FLContextManager
 from nvflare.apis.impl.wf_comm_server import WFCommServer
 from nvflare.apis.shareable import Shareable, make_reply
 from nvflare.apis.signal import Signal
@@ -33,22 +43,42 @@ from nvflare.fuel.utils import fobs
 
 from fedgestalt.cohort import Cohort, ImageRecord, RareSplit, Syndrome, save_jpeg, write_silos
 from fedgestalt.cohort.layout import image_file
+from fedgestalt.federation.job import transfer as transfer_module
+from fedgestalt.federation.job import workflow as workflow_module
 from fedgestalt.federation.job.executor import SiteExecutor
+from fedgestalt.federation.job.status import JobStatus
+from fedgestalt.federation.job.watch import SiteWatch
 from fedgestalt.federation.job.workflow import PhasedWorkflow
 from fedgestalt.federation.matching.executor import FlakeMatcher
 from fedgestalt.federation.matching.workflow import FlakeSimilarityWorkflow
 from fedgestalt.federation.site.outgoing import OutgoingGuard
 from fedgestalt.federation.training.aggregator import ZeroSumMaskAggregator
 from fedgestalt.federation.training.executor import EnsembleTrainer
-from fedgestalt.federation.training.rounds import round_facts, with_metrics
+from fedgestalt.federation.training.rounds import (
+    Aggregation,
+    Rule,
+    Scope,
+    exponents_of,
+    first_ranges,
+    next_ranges,
+    number_plan,
+    row_weights,
+    shapes_of,
+    with_metrics,
+)
 from fedgestalt.federation.training.workflow import EnsembleTrainingWorkflow
 from fedgestalt.hooks import get_registry
 from fedgestalt.jobs import JobSpec, TrainingJob
 from fedgestalt.learning.data import held_out_set, local_seed, training_set
-from fedgestalt.learning.ensemble import SharedState, build_ensemble
+from fedgestalt.learning.ensemble import (
+    SharedState,
+    build_ensemble,
+    read_shared_state,
+    shared_state_digest,
+)
 from fedgestalt.learning.spec import EnsembleSpec, MemberSpec, TrainingSpec
-from fedgestalt.learning.training import LocalTrainer
-from fedgestalt.secagg import NumberPlan
+from fedgestalt.learning.training import LocalTrainer, MemberMetrics, TrainingSet
+from fedgestalt.secagg import NumberPlan, Recipient, ThreatModel
 
 JOB_ID = "job-1"
 TINY = {"depth": 18, "width": 2, "embedding_size": 8, "input_size": 32}
@@ -68,6 +98,15 @@ def tiny_ensemble(seed: int = 1) -> EnsembleSpec:
     return EnsembleSpec(members=tuple(members), seed=seed)
 
 
+def one_network(trainable: str = "neck", seed: int = 1) -> EnsembleSpec:
+    """One very small network, for jobs of which only the protocol matters."""
+    training = TrainingSpec(epochs=1, batch_size=8, variants=1)
+    member = MemberSpec(
+        name="network", backbone="iresnet", options=TINY, trainable=trainable, training=training
+    )
+    return EnsembleSpec(members=(member,), seed=seed)
+
+
 def tiny_silos(
     folder: Path,
     sites: Sequence[str],
@@ -76,12 +115,14 @@ def tiny_silos(
     mislabelled: Sequence[str] = (),
     test_subjects: Mapping[str, int] | None = None,
     spread: float = 30.0,
+    without: Mapping[str, Collection[int]] | None = None,
 ) -> dict[str, Cohort]:
     """Deal a small cohort: some frequent and 2 rare syndromes; subjects differ in their colours.
 
     A site that is ``mislabelled`` calls every frequent syndrome by the name of the next one. It has
     1 test subject of each, unless ``test_subjects`` says otherwise; ``spread`` is how far the
-    subjects of one syndrome differ.
+    subjects of one syndrome differ. A site has no training or test images of the syndromes that
+    ``without`` names.
     """
     rng = np.random.default_rng(seed)
     classes = tuple(range(11, 11 + frequent))
@@ -95,6 +136,8 @@ def tiny_silos(
         for index, syndrome in enumerate(syndromes):
             tests = ("test",) * (test_subjects or {}).get(site, 1)
             roles = ("rare", "rare") if syndrome > 20 else ("train", "train", *tests)
+            if syndrome in (without or {}).get(site, ()):
+                roles = ()
             for role in roles:
                 number += 1
                 subject = f"SUBJECT-{number:04d}"
@@ -127,7 +170,11 @@ def tiny_silos(
 
 @dataclass
 class Received:
-    """One message that reached the server, as FLARE serialised it."""
+    """One message that reached the server, as FLARE serialised it.
+
+    ``task`` is the topic of one that came beside the tasks: a piece of an upload, or a question for
+    a piece of a download.
+    """
 
     site: str
     task: str
@@ -137,21 +184,44 @@ class Received:
 
 @dataclass
 class Run:
-    """What a job left behind."""
+    """What a job left behind.
+
+    Attributes:
+        outcome: as ``outcome.json`` says.
+        received: everything that reached the server, in this order.
+        sent: (site, task, data) of every task that a site got.
+        folder: the server's run folder.
+        panics: what FLARE's administrators were told.
+        root: the workspaces of all parties.
+    """
 
     outcome: dict[str, Any]
     received: list[Received]
     sent: list[tuple[str, str, Shareable]]
     folder: Path
     panics: list[str]
+    root: Path
 
     def replies(self, task: str) -> dict[str, dict[str, Any]]:
-        """The unchecked fields of all replies to a task, by site."""
+        """The unchecked fields of all replies to a task, by site; the last ones of each."""
         return {r.site: r.reply["fedgestalt"] for r in self.received if r.task == task}
+
+    def orders(self, task: str, site: str = "") -> list[dict[str, Any]]:
+        """The fields of the messages with a task, in the order in which they were fetched."""
+        return [
+            data["fedgestalt"] for to, name, data in self.sent if name == task and site in ("", to)
+        ]
+
+    @property
+    def signed(self) -> list[dict[str, Any]]:
+        """The transcript's records."""
+        path = self.folder / "transcript.json"
+        rounds = json.loads(path.read_text())["rounds"] if path.exists() else []
+        return [entry["record"] for entry in rounds]
 
 
 Tamper = Callable[[str, str, Shareable], Shareable]
-"""Called with (site, task, data); returns what arrives instead."""
+"""Called with (site, task, data); returns what arrives instead. A topic is a task here as well."""
 
 
 def untouched(site: str, task: str, data: Shareable) -> Shareable:
@@ -159,11 +229,185 @@ def untouched(site: str, task: str, data: Shareable) -> Shareable:
     return data
 
 
+class Killed(BaseException):
+    """A site's process ends here and now; no handler of ours may catch it."""
+
+
+OnTask = Callable[[str, str, str], None]
+"""Called with (site, task, when); may raise :class:`Killed`.
+
+When: ``before`` the site works on the task; ``after``, when its answer has not left; or ``sent``,
+when it has. An auxiliary request of a site is a task of its topic's name, with ``before`` alone.
+"""
+
+
+def nothing_happens(site: str, task: str, when: str) -> None:
+    """Every site lives."""
+
+
+Event = Callable[[], object]
+
+
+class Script:
+    """An :data:`OnTask` that is written down beforehand."""
+
+    def __init__(self) -> None:
+        self._plan: dict[tuple[str, str, str, int], Event] = {}
+        self._seen: Counter[tuple[str, str, str]] = Counter()
+        self.done: list[tuple[str, str]] = []
+        """(site, task) of what has happened; a test looks whether it tested anything."""
+
+    def at(self, site: str, task: str, when: str, event: Event, time: int = 1) -> Script:
+        """Have ``event`` happen when ``site`` comes to ``task`` for the ``time``-th time."""
+        self._plan[site, task, when, time] = event
+        return self
+
+    def kill(self, site: str, task: str, when: str = "before", time: int = 1) -> Script:
+        """End a site's process there."""
+
+        def end() -> None:
+            raise Killed
+
+        return self.at(site, task, when, end, time)
+
+    def __call__(self, site: str, task: str, when: str) -> None:
+        self._seen[site, task, when] += 1
+        event = self._plan.get((site, task, when, self._seen[site, task, when]))
+        if event is not None:
+            self.done.append((site, task))
+            event()
+
+
+class _Watch(SiteWatch):
+    """Knows at once who is gone, so that no test waits for a silence."""
+
+    def __init__(self, bus: _Bus, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._bus, bus.watch = bus, self
+
+    def start(self) -> None:
+        self.step()
+        super().start()
+
+    def heard(self, site: str, what: str | None = None, fraction: float = 0.0) -> None:
+        if site not in self._bus.gone:
+            super().heard(site, what, fraction)
+
+    def lost(self, sites: Iterable[str]) -> dict[str, str]:
+        self._forget_the_gone()
+        return super().lost(sites)
+
+    def is_up(self, site: str) -> bool:
+        self._forget_the_gone()
+        return super().is_up(site)
+
+    def _forget_the_gone(self) -> None:
+        with self._lock:
+            for site in self._bus.gone & self._heard.keys():
+                long_ago = self._clock() - self._silence_limit - 1
+                self._heard[site] = min(self._heard[site], long_ago)
+
+
+class _Clock:
+    """The workflow's clock, which a test can put forward."""
+
+    def __init__(self) -> None:
+        self.skipped = 0.0
+
+    def monotonic(self) -> float:
+        return time.monotonic() + self.skipped
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(time, name)
+
+
+@dataclass
+class _Bus:
+    """What connects the parties of one job.
+
+    Attributes:
+        dead: sites whose processes have ended.
+        silent: sites whose connection is cut.
+        down: sites whose processes have not come up yet.
+    """
+
+    on_task: OnTask
+    on_upload: Tamper
+    on_download: Tamper
+    run: Run
+    handlers: dict[tuple[str, str], Callable[..., Shareable]] = field(default_factory=dict)
+    engines: dict[str, _Engine] = field(default_factory=dict)
+    executors: dict[str, SiteExecutor] = field(default_factory=dict)
+    dead: set[str] = field(default_factory=set)
+    silent: set[str] = field(default_factory=set)
+    down: set[str] = field(default_factory=set)
+    watch: SiteWatch | None = None
+    status: JobStatus | None = None
+    phases: int = 0
+    clock: _Clock = field(default_factory=_Clock)
+    done: threading.Event = field(default_factory=threading.Event)
+
+    @property
+    def gone(self) -> set[str]:
+        """Sites that the server cannot reach."""
+        return self.dead | self.silent | self.down
+
+    @property
+    def waiting(self) -> tuple[str, set[str]]:
+        """The phase, and the sites that have not answered in it."""
+        report = self.status.report(None, tuple(self.engines)) if self.status else {}
+        sites = report.get("sites", {}).items()
+        return report.get("phase", ""), {s for s, said in sites if said["state"] == "working"}
+
+    def listen(self, status: JobStatus) -> None:
+        """Count phases."""
+        self.status, begin = status, status.begin_phase
+
+        def counted(phase: str, sites: frozenset[str]) -> None:
+            begin(phase, sites)
+            self.phases += 1
+
+        status.begin_phase = counted  # type: ignore[method-assign]
+
+    def ask(self, sender: str, target: str, topic: str, request: Shareable) -> Shareable:
+        if target == "server":
+            try:
+                self.on_task(sender, topic, "before")
+            except Killed:  # in a thread that waits for FLARE; the process is ended by its own
+                self.dead.add(sender)
+                self.engines[sender].abort.trigger(True)
+            request = self.on_upload(sender, topic, request)
+        handler = self.handlers.get((target, topic))
+        if handler is None or {sender, target} & self.gone:
+            return make_reply(ReturnCode.COMMUNICATION_ERROR)
+        payload = fobs.dumps(request)
+        if target == "server":
+            self.run.received.append(Received(sender, topic, payload, fobs.loads(payload)))
+        with self.engines[target].new_context() as context:
+            peer = FLContext()
+            peer.set_prop(ReservedKey.IDENTITY_NAME, sender, private=False, sticky=False)
+            context.set_peer_context(peer)
+            reply = fobs.loads(fobs.dumps(handler(topic, fobs.loads(payload), context)))
+        if target == "server":
+            reply = self.on_download(sender, topic, reply)
+        if {sender, target} & self.gone:
+            return make_reply(ReturnCode.COMMUNICATION_ERROR)
+        return reply
+
+
 class _Engine:
     def __init__(
-        self, name: str, clients: list[Client], workspace: Workspace, components: Mapping[str, Any]
+        self,
+        name: str,
+        clients: list[Client],
+        workspace: Workspace,
+        components: Mapping[str, Any],
+        bus: _Bus,
+        job_id: str,
     ) -> None:
         self.clients, self.workspace, self.components = clients, workspace, components
+        self.name, self.bus, self.abort = name, bus, Signal()
+        bus.engines[name] = self
         self.panics: list[str] = []
         private = {
             FLContextKey.WORKSPACE_OBJECT: workspace,
@@ -172,7 +416,7 @@ class _Engine:
         self._contexts = FLContextManager(
             engine=self,
             identity_name=name,
-            job_id=JOB_ID,
+            job_id=job_id,
             public_stickers={},
             private_stickers=private,
         )
@@ -197,9 +441,25 @@ class _Engine:
     def get_component(self, component_id: str) -> FLComponent | None:
         return self.components.get(component_id)
 
-    def send_aux_request(self, targets: Sequence[str], **_: Any) -> dict[str, Shareable]:
-        """All sites are alive here."""
-        return {site: make_reply(ReturnCode.OK) for site in targets}
+    def register_app_command(self, *_: Any) -> None:
+        """Nobody watches here."""
+
+    def register_aux_message_handler(
+        self, topic: str, message_handle_func: Callable[..., Shareable]
+    ) -> None:
+        self.bus.handlers[self.name, topic] = message_handle_func
+
+    def send_aux_request(
+        self, targets: Sequence[str], topic: str, request: Shareable, *_: Any, **__: Any
+    ) -> dict[str, Shareable]:
+        return {target: self.bus.ask(self.name, target, topic, request) for target in targets}
+
+
+_DRAWS_OR_BUILDS = {"fgm_join", "fgm_train", "fgm_publish", "fgm_match_start", "fgm_encode"}
+"""Tasks that use torch, of which only one may run at a time: sites are processes of their own
+elsewhere, and share torch's random state here."""
+
+Make = Callable[[], SiteExecutor]
 
 
 @dataclass
@@ -211,8 +471,13 @@ class Consortium:
         sites: their names.
         settings: of all sites, beside those that they need.
         site_settings: of single sites; they win over ``settings``.
-        frequent, mislabelled, test_subjects, spread: see :func:`tiny_silos`.
+        frequent, mislabelled, test_subjects, spread, without: see :func:`tiny_silos`.
         on_upload, on_download: stand between the sites and the server.
+        on_task: see :data:`OnTask`.
+        workflow_settings: arguments of the workflow that win over the job's.
+        late: sites whose processes come up no sooner than a test says so (:meth:`come_up`).
+        kits: a folder with a startup kit for each site and the server, see :func:`write_kits`.
+        source: another consortium of the same sites, whose data this one shares.
         jobs: how many have run.
     """
 
@@ -224,11 +489,26 @@ class Consortium:
     mislabelled: Sequence[str] = ()
     test_subjects: Mapping[str, int] = field(default_factory=dict)
     spread: float = 30.0
+    without: Mapping[str, Collection[int]] = field(default_factory=dict)
     on_upload: Tamper = untouched
     on_download: Tamper = untouched
+    on_task: OnTask = nothing_happens
+    workflow_settings: Mapping[str, Any] = field(default_factory=dict)
+    late: Collection[str] = ()
+    kits: Path | None = None
+    source: Consortium | None = None
     jobs: int = 0
 
     def __post_init__(self) -> None:
+        self._bus: _Bus | None = None
+        if self.source is not None:
+            self.sites, self.silos, self.data = (
+                self.source.sites,
+                self.source.silos,
+                self.source.data,
+            )
+            return
+        self.data = self.folder / "hospitals"
         self.silos = tiny_silos(
             self.folder,
             self.sites,
@@ -236,20 +516,123 @@ class Consortium:
             mislabelled=self.mislabelled,
             test_subjects=self.test_subjects,
             spread=self.spread,
+            without=self.without,
         )
 
     def store(self, site: str) -> Path:
         """The folder that only ``site`` reads and writes."""
         return self.folder / "stores" / site
 
-    def run(self, job: JobSpec, executor: Callable[[], SiteExecutor] | None = None) -> Run:
-        """Run a job to its end."""
+    # what happens while a job runs
+
+    @property
+    def bus(self) -> _Bus:
+        """What connects the parties of the job that runs, or ran last."""
+        assert self._bus is not None, "no job has run"
+        return self._bus
+
+    def cut(self, site: str) -> None:
+        """Cut a site's connection."""
+        self.bus.silent.add(site)
+
+    def restore(self, site: str) -> None:
+        """Mend it; the server hears of the site at once, and drops what it still had to say."""
+        self._back(self.bus.silent, site)
+
+    def come_up(self, site: str) -> None:
+        """Let a ``late`` site's process come up."""
+        self._back(self.bus.down, site)
+
+    def _back(self, away: set[str], site: str) -> None:
+        assert site in away
+        away.discard(site)
+        while not self.bus.done.is_set() and ("fgm.ping" not in self._topics(site)):
+            time.sleep(0.002)
+        if self.bus.watch:
+            self.bus.watch.step()
+
+    def _topics(self, site: str) -> set[str]:
+        return {topic for party, topic in list(self.bus.handlers) if party == site}
+
+    def demand(self, site: str, task: str, fields: Mapping[str, Any]) -> Shareable:
+        """A task that no honest server would send now; for an event of ``site`` itself."""
+        message = Shareable()
+        message["fedgestalt"] = dict(fields)
+        engine = self.bus.engines[site]
+        with engine.new_context() as ctx:
+            ctx.set_prop(FLContextKey.TASK_NAME, task, private=True, sticky=False)
+            arrived = fobs.loads(fobs.dumps(message))
+            return self.bus.executors[site].execute(task, arrived, ctx, engine.abort)
+
+    def phase_ends_without(self, site: str, task: str) -> Event:
+        """For :meth:`Script.at`, ``after`` a task: all others answer, then the phase's time is up.
+
+        The site itself answers in the next phase, which is too late.
+        """
+
+        def wait_and_pass() -> None:
+            bus = self.bus
+            while not bus.done.is_set() and bus.waiting != (task, {site} | bus.dead):
+                time.sleep(0.002)
+            phase = bus.phases
+            bus.clock.skipped += 1e6
+            while not bus.done.is_set() and bus.phases == phase:
+                time.sleep(0.002)
+
+        return wait_and_pass
+
+    # jobs
+
+    def run(
+        self,
+        job: JobSpec,
+        executor: Make | None = None,
+        job_id: str = JOB_ID,
+        root: Path | None = None,
+        workflow: Callable[..., PhasedWorkflow] | None = None,
+    ) -> Run:
+        """Run a job to its end; in the workspaces of an earlier job, if ``root`` names them.
+
+        Args:
+            job: what to run.
+            executor: makes the sites' executors; the job's own if not given.
+            job_id: its id.
+            root: see :attr:`Run.root`.
+            workflow: takes the place of the job's workflow.
+        """
         self.jobs += 1
-        root = self.folder / f"run-{self.jobs}"
-        workflow, make, components = _parts(job)
-        make = executor or make
+        root = root or self.folder / f"run-{self.jobs}"
+        controller, make, components = _parts(job, self.workflow_settings, workflow)
+        run = Run({}, [], [], Path(), [], root)
+        bus = self._bus = _Bus(self.on_task, self.on_upload, self.on_download, run)
+        bus.down = set(self.late)
+        bus.listen(controller.status)
+        with contextlib.ExitStack() as patches:
+            for module, name, value in (
+                (workflow_module, "SiteWatch", functools.partial(_Watch, bus)),
+                (workflow_module, "time", bus.clock),
+                (workflow_module, "_POLL_SECONDS", 0.01),
+                (transfer_module, "FIRST_PAUSE_SECONDS", 0.02),
+                (transfer_module, "LONGEST_PAUSE_SECONDS", 0.1),
+            ):
+                patches.enter_context(mock.patch.object(module, name, value))
+            self._run(controller, executor or make, components, bus, job_id)
+        return run
+
+    def _run(
+        self,
+        workflow: PhasedWorkflow,
+        make: Make,
+        components: Mapping[str, Any],
+        bus: _Bus,
+        job_id: str,
+    ) -> None:
+        run = bus.run
         clients = [Client(site, f"token-{site}") for site in self.sites]
-        engine = _Engine("server", clients, _workspace(root, "server"), components)
+        engine = _Engine(
+            "server", clients, self._workspace(run, "server", job_id), components, bus, job_id
+        )
+        run.panics = engine.panics
         communicator = WFCommServer(task_check_period=0.005)
         workflow.set_communicator(communicator)
         communicator.controller = workflow
@@ -257,57 +640,108 @@ class Consortium:
         context = engine.new_context()
         workflow.initialize(context)
         communicator.initialize_run(context)
-        abort, done = Signal(), threading.Event()
-        run = Run({}, [], [], Path(), engine.panics)
+        workflow.handle_event(EventType.START_RUN, context)
         lock, one_at_a_time = threading.Lock(), threading.Lock()
+        errors: list[Exception] = []
 
-        def site_loop(client: Client) -> None:
-            workspace = _workspace(root, client.name)
-            own_settings = {
-                "data": str(self.folder / "hospitals" / "{site}"),
-                "store": str(self.folder / "stores" / "{site}"),
-                "threads": 1,
-                "evaluation_release": True,
-                "max_released_rows": 1000,
-                **self.settings,
-                **self.site_settings.get(client.name, {}),
-            }
-            local = Path(workspace.get_site_config_dir())
-            (local / "fedgestalt.yaml").write_text(yaml.safe_dump(own_settings))
-            site_engine = _Engine(client.name, clients, workspace, {})
-            executor_, guard = make(), OutgoingGuard()
-            while not done.is_set():
-                with engine.new_context() as ctx:
-                    name, task_id, data = communicator.process_task_request(client, ctx)
+        def come_up(client: Client) -> tuple[_Engine, SiteExecutor]:
+            workspace = self._workspace(run, client.name, job_id)
+            site_engine = _Engine(client.name, clients, workspace, {}, bus, job_id)
+            executor = bus.executors[client.name] = make()
+            with site_engine.new_context() as ctx:
+                executor.handle_event(EventType.START_RUN, ctx)
+            return site_engine, executor
+
+        def live(client: Client, parts: tuple[_Engine, SiteExecutor] | None) -> None:
+            while client.name in bus.down:
+                if bus.done.wait(0.005):
+                    return
+            try:
+                serve(client, *(parts or come_up(client)))
+            except Killed:
+                bus.dead.add(client.name)
+            except Exception as error:  # noqa: BLE001  a test's own; the job must not wait for it
+                errors.append(error)
+                bus.dead.add(client.name)
+
+        def serve(client: Client, site_engine: _Engine, executor: SiteExecutor) -> None:
+            guard, name = OutgoingGuard(), ""
+            while not bus.done.is_set():
+                if client.name not in bus.silent:
+                    with engine.new_context() as ctx:
+                        name, task_id, data = communicator.process_task_request(client, ctx)
                 if not name:
                     time.sleep(0.005)
                     continue
                 data = self.on_download(client.name, name, fobs.loads(fobs.dumps(data)))
                 with lock:
                     run.sent.append((client.name, name, data))
-                # Sites are processes of their own elsewhere; here they share torch's random state.
-                with one_at_a_time, site_engine.new_context() as ctx:
+                self.on_task(client.name, name, "before")
+                turn = one_at_a_time if name in _DRAWS_OR_BUILDS else contextlib.nullcontext()
+                with turn, site_engine.new_context() as ctx:
                     ctx.set_prop(FLContextKey.TASK_NAME, name, private=True, sticky=False)
-                    reply = guard.process(executor_.execute(name, data, ctx, abort), ctx)
+                    reply = executor.execute(name, data, ctx, site_engine.abort)
+                    if client.name in bus.dead:
+                        raise Killed
+                    reply = guard.process(reply, ctx)
+                self.on_task(client.name, name, "after")
+                while client.name in bus.silent and not bus.done.wait(0.005):
+                    pass
                 payload = fobs.dumps(self.on_upload(client.name, name, reply))
                 arrived = fobs.loads(payload)
                 with lock:
                     run.received.append(Received(client.name, name, payload, fobs.loads(payload)))
                 with engine.new_context() as ctx:
                     communicator.process_submission(client, name, task_id, arrived, ctx)
+                done, name = name, ""
+                self.on_task(client.name, done, "sent")
 
-        threads = [threading.Thread(target=site_loop, args=(c,), daemon=True) for c in clients]
+        threads = [
+            threading.Thread(
+                target=live,
+                args=(client, None if client.name in bus.down else come_up(client)),
+                daemon=True,
+            )
+            for client in clients
+        ]
         for thread in threads:
             thread.start()
         with engine.new_context() as ctx:
-            workflow.control_flow(abort, ctx)
-        done.set()
+            workflow.control_flow(Signal(), ctx)
+        bus.done.set()
+        for site in self.sites:
+            if site in bus.engines:
+                bus.engines[site].abort.trigger(True)
         for thread in threads:
-            thread.join(5)
+            thread.join(10)
+            assert not thread.is_alive(), "a site has not come to its end"
+        for error in errors:
+            raise error
         communicator._all_done = True
-        run.folder = Path(engine.workspace.get_run_dir(JOB_ID))
+        run.folder = Path(engine.workspace.get_run_dir(job_id))
         run.outcome = json.loads((run.folder / "outcome.json").read_text())
-        return run
+
+    def _workspace(self, run: Run, name: str, job_id: str) -> Workspace:
+        folder = run.root / name
+        for part in ("startup", "local", job_id):
+            (folder / part).mkdir(parents=True, exist_ok=True)
+        if self.kits is not None:
+            shutil.copytree(self.kits / name, folder / "startup", dirs_exist_ok=True)
+        workspace = Workspace(str(folder), name)
+        if name != "server":
+            settings = {
+                "data": str(self.data / "{site}"),
+                "store": str(self.folder / "stores" / "{site}"),
+                "threads": 1,
+                "identity": "ephemeral" if self.kits is None else "kit",
+                "evaluation_release": True,
+                "max_released_rows": 1000,
+                **self.settings,
+                **self.site_settings.get(name, {}),
+            }
+            local = Path(workspace.get_site_config_dir())
+            (local / "fedgestalt.yaml").write_text(yaml.safe_dump(settings))
+        return workspace
 
 
 @dataclass
@@ -320,6 +754,21 @@ class BothJobs:
 
 
 @dataclass(frozen=True)
+class Summed:
+    """A round as it should have been: whose session it was, and whose updates are in the sum.
+
+    Attributes:
+        survivors: whose updates.
+        session: all sites of the session; the survivors if not given.
+        repeats: how often each site's update to this model had left it before.
+    """
+
+    survivors: Sequence[str]
+    session: Sequence[str] = ()
+    repeats: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class PlainUpdate:
     """What a site computes in a round before it masks anything."""
 
@@ -329,42 +778,161 @@ class PlainUpdate:
     new: SharedState
 
 
-def plain_update(consortium: Consortium, run: Run, site: str) -> PlainUpdate:
-    """Compute a site's first update again, from what the server sent it."""
-    starts = [d["fedgestalt"] for s, task, d in run.sent if (s, task) == (site, "fgm_round")]
-    start = next(fields for fields in starts if fields["round"] == 1)
-    spec, data = tiny_ensemble(), training_set(consortium.silos[site])
-    torch.set_num_threads(1)
-    ensemble = build_ensemble(spec, data.classes, get_registry())
-    seed, held_out = local_seed(spec.seed, site), held_out_set(consortium.silos[site])
-    trainer = LocalTrainer(ensemble, data, torch.device("cpu"), seed, held_out=held_out)
-    new, metrics = trainer.run_round(start["state"], 1)
-    update = {name: values - start["state"][name] for name, values in new.items()}
-    facts = round_facts(
-        job=JOB_ID,
-        attempt=1,
-        round_number=1,
-        state=dict(start["state"]),
-        exponents=start["exponents"],
-        max_weight=start["max_weight"],
-        roster=tuple(consortium.sites),
-        spec=spec,
-    )
-    words = facts.plan.encode(with_metrics(update, metrics), len(data.targets))
-    return PlainUpdate(facts.plan, words, update, new)
+class Plain:
+    """What a training job comes to, computed without server, sites, messages and masks."""
+
+    def __init__(self, consortium: Consortium, job: TrainingJob) -> None:
+        self.job, self.silos = job, consortium.silos
+        self.aggregation = Aggregation(
+            Scope(job.scope),
+            Rule(job.rule),
+            Recipient(job.reveal_aggregate_to),
+            ThreatModel(job.threat_model),
+            job.max_images_per_site,
+        )
+        classes = training_set(next(iter(self.silos.values()))).classes
+        ensemble = build_ensemble(job.ensemble, classes, get_registry())
+        self.outline, self.start = ensemble.outline(), read_shared_state(ensemble)
+        self._trainers: dict[str, LocalTrainer] = {}
+        self._trained: dict[Any, tuple[SharedState, dict[str, MemberMetrics]]] = {}
+
+    def data(self, site: str) -> TrainingSet:
+        """A site's training images."""
+        return self._trainer(site).data
+
+    def train(
+        self, site: str, state: SharedState, number: int, repeat: int = 0
+    ) -> tuple[SharedState, dict[str, MemberMetrics]]:
+        """A site's training in a round; remembered."""
+        key = site, number, repeat, shared_state_digest(state)
+        if key not in self._trained:
+            torch.set_num_threads(1)
+            new, metrics = self._trainer(site).run_round(state, number, repeat=repeat)
+            self._trained[key] = new, metrics
+        return self._trained[key]
+
+    def states(self, *rounds: Summed) -> list[SharedState]:
+        """The model before the first round, and after each."""
+        states = [self.start]
+        aggregated = self.aggregation.shared(self.start)
+        model = dict(aggregated)
+        rest = {name: v for name, v in self.start.items() if name not in aggregated}
+        own = {site: dict(rest) for site in self.silos}
+        ranges = first_ranges(model, self.job.ensemble)
+        for number, summed in enumerate(rounds, 1):
+            plan = self._plan(ranges, len(summed.session or summed.survivors))
+            total = np.zeros(plan.words, np.uint32)
+            for site in summed.survivors:
+                repeat = summed.repeats.get(site, 0)
+                new, metrics = self.train(site, {**own[site], **model}, number, repeat)
+                own[site] = {name: new[name] for name in rest}
+                update = {name: new[name] - values for name, values in model.items()}
+                total += self._encode(plan, site, with_metrics(update, metrics))
+            aggregate = plan.decode(total)
+            if self.aggregation.recipient is Recipient.SERVER:
+                ranges = next_ranges(ranges, aggregate)
+            model = {name: values + aggregate.mean[name] for name, values in model.items()}
+            states.append({**rest, **model})
+        return states
+
+    def digest(self, *rounds: Summed) -> str:
+        """Of the ensemble that is published after these rounds."""
+        return self.outline.digest(self.states(*rounds)[-1])
+
+    def first_plan(self) -> NumberPlan:
+        """Of the first round, with all sites in the session."""
+        ranges = first_ranges(self.aggregation.shared(self.start), self.job.ensemble)
+        return self._plan(ranges, len(self.silos))
+
+    def first_sum(self) -> NDArray[np.uint32]:
+        """The words of all sites' first updates, added."""
+        words = [self.first_update(site).words for site in self.silos]
+        return np.add.reduce(words, dtype=np.uint32)
+
+    def first_update(self, site: str) -> PlainUpdate:
+        """A site's first update, with all sites in the session."""
+        plan = self.first_plan()
+        new, metrics = self.train(site, self.start, 1)
+        update = {name: values - self.start[name] for name, values in new.items()}
+        words = self._encode(plan, site, with_metrics(update, metrics))
+        return PlainUpdate(plan, words, update, new)
+
+    def _plan(self, ranges: Mapping[str, float], sites: int) -> NumberPlan:
+        return number_plan(
+            shapes_of(self.aggregation.shared(self.start)),
+            exponents_of(ranges),
+            sites,
+            self.aggregation,
+            self.job.ensemble,
+            self.outline.classes,
+        )
+
+    def _encode(self, plan: NumberPlan, site: str, update: SharedState) -> NDArray[np.uint32]:
+        targets = self.data(site).targets
+        return plan.encode(update, len(targets), row_weights(plan, targets))
+
+    def _trainer(self, site: str) -> LocalTrainer:
+        if site not in self._trainers:
+            spec, cohort = self.job.ensemble, self.silos[site]
+            data = training_set(cohort)
+            self._trainers[site] = LocalTrainer(
+                build_ensemble(spec, data.classes, get_registry()),
+                data,
+                torch.device("cpu"),
+                local_seed(spec.seed, site),
+                held_out=held_out_set(cohort),
+            )
+        return self._trainers[site]
 
 
-def _parts(job: JobSpec) -> tuple[PhasedWorkflow, Callable[[], SiteExecutor], dict[str, Any]]:
-    arguments = job.workflow_arguments()
+def write_kits(folder: Path, sites: Sequence[str], root: str = "fedgestalt") -> Path:
+    """Startup kits of a consortium, as far as identities go: made as ``nvflare`` makes them."""
+    now, day = dt.datetime.now(dt.UTC), dt.timedelta(days=1)
+
+    def certificate(
+        name: str, role: str, key: rsa.RSAPrivateKey, issuer: str, by: rsa.RSAPrivateKey
+    ) -> bytes:
+        subject = [x509.NameAttribute(NameOID.COMMON_NAME, name)]
+        if role:
+            subject.append(x509.NameAttribute(NameOID.UNSTRUCTURED_NAME, role))
+        built = (
+            x509.CertificateBuilder()
+            .subject_name(x509.Name(subject))
+            .issuer_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, issuer)]))
+            .public_key(key.public_key())
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now - day)
+            .not_valid_after(now + 300 * day)
+            .add_extension(x509.BasicConstraints(ca=not role, path_length=None), critical=not role)
+            .sign(by, hashes.SHA256())
+        )
+        return built.public_bytes(serialization.Encoding.PEM)
+
+    root_key = rsa.generate_private_key(65537, 2048)
+    root_pem = certificate(root, "", root_key, root, root_key)
+    for name in (*sites, "server"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "rootCA.pem").write_bytes(root_pem)
+    for site in sites:
+        key = rsa.generate_private_key(65537, 2048)
+        (folder / site / "client.crt").write_bytes(certificate(site, "client", key, root, root_key))
+        (folder / site / "client.key").write_bytes(
+            key.private_bytes(
+                serialization.Encoding.PEM,
+                serialization.PrivateFormat.TraditionalOpenSSL,
+                serialization.NoEncryption(),
+            )
+        )
+    return folder
+
+
+def _parts(
+    job: JobSpec, settings: Mapping[str, Any], workflow: Callable[..., PhasedWorkflow] | None
+) -> tuple[PhasedWorkflow, Make, dict[str, Any]]:
+    arguments = {**job.workflow_arguments(), **settings}
     if isinstance(job, TrainingJob):
-        ensemble = job.executor_arguments()["ensemble"]
-        parts = {"aggregator": ZeroSumMaskAggregator()}
-        return EnsembleTrainingWorkflow(**arguments), lambda: EnsembleTrainer(ensemble), parts
-    return FlakeSimilarityWorkflow(**arguments), FlakeMatcher, {}
-
-
-def _workspace(root: Path, name: str) -> Workspace:
-    folder = root / name
-    for part in ("startup", "local", JOB_ID):
-        (folder / part).mkdir(parents=True, exist_ok=True)
-    return Workspace(str(folder), name)
+        own = job.executor_arguments()
+        parts = {"aggregator": ZeroSumMaskAggregator(**job.component_arguments()["aggregator"])}
+        controller = (workflow or EnsembleTrainingWorkflow)(**arguments)
+        return controller, lambda: EnsembleTrainer(**own), parts
+    return (workflow or FlakeSimilarityWorkflow)(**arguments), FlakeMatcher, {}

@@ -12,6 +12,7 @@ from consortium import Consortium, Run, tiny_ensemble
 from nvflare.apis.shareable import Shareable
 
 from fedgestalt.cohort import Cohort
+from fedgestalt.federation.job.transfer import UPLOAD
 from fedgestalt.federation.training import executor as trainer_module
 from fedgestalt.federation.training.executor import EnsembleTrainer
 from fedgestalt.federation.training.rounds import UNKNOWN
@@ -58,8 +59,7 @@ def reason(run: Run) -> str:
 
 def summed(run: Run) -> set[str]:
     """Sites that sent a masked update for the sum."""
-    updates = [message for message in run.received if message.task == "fgm_update"]
-    return {message.site for message in updates if "fedgestalt" in message.reply}
+    return {message.site for message in run.received if message.task == UPLOAD}
 
 
 # --- updates that are refused --------------------------------------------------------------------
@@ -119,7 +119,7 @@ def test_other_sites_refuse_what_a_careless_server_made_of_it(tmp_path: Path, ro
     assert "bonn" not in said
     for site in ("berlin", "leuven"):
         assert not list(consortium.store(site).rglob("weights.safetensors"))
-    trained = [message.site for message in run.received if message.task == "fgm_update"]
+    trained = [message.site for message in run.received if message.task == "fgm_train"]
     assert sorted(trained) == ["berlin", "bonn", "leuven"], "nobody trains on a spoilt model"
 
 

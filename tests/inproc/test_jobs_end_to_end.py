@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from consortium import BothJobs, Consortium, Run, plain_update, tiny_ensemble
+from consortium import BothJobs, Consortium, Plain, Received, Run, Summed, tiny_ensemble
 from nvflare.apis.shareable import Shareable
+from safetensors.numpy import load_file
 
-from fedgestalt.federation.training.rounds import split_metrics
+from fedgestalt.federation.job.transfer import DOWNLOAD, UPLOAD
+from fedgestalt.federation.training.checkpoints import MODELS_FOLDER, SiteCheckpoints
 from fedgestalt.hooks import get_registry
 from fedgestalt.jobs import MatchingJob, TrainingJob
 from fedgestalt.learning.encoding import encode
+from fedgestalt.learning.ensemble import shared_state_digest
 from fedgestalt.learning.images import load_faces
 from fedgestalt.learning.store import load_ensemble
 from fedgestalt.messages import size_of
@@ -24,16 +26,39 @@ from fedgestalt.similarity.evaluation import rank_tables
 from fedgestalt.similarity.order import image_order
 
 
-def test_the_aggregate_equals_the_plain_fixed_point_mean_bit_for_bit(both_jobs: BothJobs) -> None:
-    run = both_jobs.training
-    starts = [data["fedgestalt"] for _, task, data in run.sent if task == "fgm_round"]
-    first, second = (next(s for s in starts if s["round"] == r) for r in (1, 2))
-    sites = [plain_update(both_jobs.consortium, run, site) for site in both_jobs.consortium.sites]
-    total = np.add.reduce([site.words for site in sites], dtype=np.uint32)
-    mean, _ = split_metrics(sites[0].plan.decode(total).mean)
-    assert any(np.abs(values).max() > 0 for values in mean.values())
-    for name, values in mean.items():
-        assert np.array_equal(second["state"][name], first["state"][name] + values), name
+def test_the_model_is_the_plain_fixed_point_mean_of_all_updates_bit_for_bit(
+    both_jobs: BothJobs,
+) -> None:
+    run, consortium = both_jobs.training, both_jobs.consortium
+    plain = Plain(consortium, TrainingJob(ensemble=tiny_ensemble()))
+    start, first, second = plain.states(*[Summed(consortium.sites)] * 2)
+    assert all(np.abs(second[name] - first[name]).max() > 0 for name in first)
+    assert all(np.abs(first[name] - start[name]).max() > 0 for name in first)
+    assert run.outcome["ensemble"] == plain.outline.digest(second)
+    for folder in (run.folder, *map(consortium.store, consortium.sites)):
+        (stored,) = folder.rglob("weights.safetensors")
+        published = load_file(stored)
+        assert published.keys() == second.keys()
+        for name, values in second.items():
+            assert np.array_equal(published[name], values), (folder, name)
+
+
+def test_every_site_keeps_the_model_of_every_round_and_signs_it(both_jobs: BothJobs) -> None:
+    run, consortium = both_jobs.training, both_jobs.consortium
+    plain = Plain(consortium, TrainingJob(ensemble=tiny_ensemble()))
+    states = plain.states(*[Summed(consortium.sites)] * 2)
+    digests = [shared_state_digest(state) for state in states]
+    assert [bytes.fromhex(r["model_after"]) for r in run.signed] == digests[1:]
+    assert [bytes.fromhex(r["model_before"]) for r in run.signed] == digests[:-1]
+    assert [r["survivors"] for r in run.signed] == [sorted(consortium.sites)] * 2
+    for site in consortium.sites:
+        kept = SiteCheckpoints(consortium.store(site) / MODELS_FOLDER)
+        for digest, state in zip(digests[1:], states[1:], strict=True):
+            found = kept.find(digest)
+            assert found is not None
+            assert all(np.array_equal(found[name], values) for name, values in state.items())
+            assert kept.times_sent(digest) == (digest == digests[1])
+        assert kept.times_sent(digests[0]) == 1
 
 
 def test_every_site_stores_the_published_model(both_jobs: BothJobs) -> None:
@@ -95,12 +120,17 @@ def test_two_sessions_mask_the_same_images_differently(both_jobs: BothJobs) -> N
         assert np.abs(fields["rows"] - job_rows[site]["rows"]).max() > 0.01
 
 
-def sizes(messages: Iterable[tuple[str, Shareable]]) -> dict[str, int]:
+def sizes(messages: Iterable[tuple[str, Shareable]]) -> Counter[str]:
     """Bytes of content by site."""
     total: Counter[str] = Counter()
     for site, message in messages:
         total[site] += size_of(message["fedgestalt"])
-    return dict(total)
+    return total
+
+
+def tasks_of(run: Run) -> list[Received]:
+    """The answers to tasks, without what came beside them."""
+    return [message for message in run.received if message.task not in {UPLOAD, DOWNLOAD}]
 
 
 @pytest.mark.parametrize("job", ["training", "matching"])
@@ -108,30 +138,46 @@ def test_the_outcome_counts_the_bytes_that_were_sent_and_received(
     both_jobs: BothJobs, job: str
 ) -> None:
     run: Run = getattr(both_jobs, job)
-    counted = run.outcome["bytes"]
-    assert {site: c["sent_to"] for site, c in counted.items()} == sizes(
-        (site, data) for site, _, data in run.sent
-    )
-    assert {site: c["received_from"] for site, c in counted.items()} == sizes(
-        (message.site, message.reply) for message in run.received
-    )
+    counted, rounds = run.outcome["bytes"], run.outcome.get("rounds", [])
+    vectors = sum(record["uploaded_bytes_per_site"] for record in rounds)
+    assert vectors > 100_000 if job == "training" else not vectors
+    sent = sizes((site, data) for site, _, data in run.sent)
+    received = sizes((message.site, message.reply) for message in tasks_of(run))
+    for site in both_jobs.consortium.sites:
+        # Of each round, a site uploads its vector and downloads the sum.
+        assert counted[site]["sent_to"] == sent[site] + vectors
+        assert counted[site]["received_from"] == received[site] + vectors
+        uploads = [
+            len(message.reply["fedgestalt"]["words"])
+            for message in run.received
+            if (message.site, message.task) == (site, UPLOAD)
+        ]
+        assert sum(uploads) == vectors
     assert counted.keys() == set(both_jobs.consortium.sites)
     assert min(c["received_from"] for c in counted.values()) > 1000
 
 
-def test_every_site_has_a_record_of_all_that_left_it(tmp_path: Path) -> None:
-    consortium = Consortium(tmp_path)
-    run = consortium.run(TrainingJob(ensemble=tiny_ensemble(), rounds=2))
-    for site in consortium.sites:
-        lines = (consortium.store(site) / "sent.jsonl").read_text().splitlines()
+def test_every_site_has_a_record_of_all_that_left_it(both_jobs: BothJobs) -> None:
+    for site in both_jobs.consortium.sites:
+        lines = (both_jobs.consortium.store(site) / "sent.jsonl").read_text().splitlines()
         recorded = [json.loads(line) for line in lines]
-        received = [message for message in run.received if message.site == site]
-        assert [line["task"] for line in recorded] == [message.task for message in received]
-        assert [line["message"] for line in recorded] == [
-            message.reply["fedgestalt"]["schema"] for message in received
+        received = [
+            message
+            for run in (both_jobs.training, both_jobs.matching)
+            for message in run.received
+            if message.site == site and message.task != DOWNLOAD
         ]
-        assert (
-            sum(line["bytes"] for line in recorded) == (run.outcome["bytes"][site]["received_from"])
+        expected = [
+            ("fgm_vector", "masked vector")
+            if message.task == UPLOAD
+            else (message.task, message.reply["fedgestalt"]["schema"])
+            for message in received
+        ]
+        recorded = recorded[: len(expected)]  # other tests run jobs on the same consortium
+        assert [(line["task"], line["message"]) for line in recorded] == expected
+        counted = (both_jobs.training.outcome["bytes"], both_jobs.matching.outcome["bytes"])
+        assert sum(line["bytes"] for line in recorded) == sum(
+            by_site[site]["received_from"] for by_site in counted
         )
 
 

@@ -122,6 +122,30 @@ def test_a_site_refuses_a_training_by_policy_before_it_looks_for_its_data(
     assert NOT_READ not in said["bonn"]
 
 
+@pytest.mark.parametrize(
+    ("key", "asked", "says"),
+    [
+        ("threat_model", "malicious", "does not trust the server to follow the protocol, the job"),
+        ("reveal_aggregate_to", "sites", "lets no server learn the sum of updates"),
+    ],
+)
+def test_a_site_refuses_a_training_that_protects_less_than_it_asks_for(
+    tmp_path: Path, three_sites: Consortium, key: str, asked: str, says: str
+) -> None:
+    lax = {"threat_model": "honest-but-curious", "reveal_aggregate_to": "server"}
+    consortium = Consortium(
+        tmp_path,
+        source=three_sites,
+        settings=lax,
+        site_settings={"bonn": {**NO_DATA, key: asked}},
+    )
+    run = consortium.run(JOB.model_copy(update=lax))
+    said = parts(reason(run, "fgm_join"))
+    assert said.keys() == {"bonn"}
+    assert says in said["bonn"]
+    assert f"ask the site to change {key} in its fedgestalt.yaml" in said["bonn"]
+
+
 def test_a_site_that_takes_part_in_no_such_job_keeps_a_record_of_its_refusal_and_no_more(
     tmp_path: Path,
 ) -> None:

@@ -10,11 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from consortium import BothJobs, Received, plain_update
+from consortium import BothJobs, Plain, Received, Run, tiny_ensemble
 from numpy.typing import NDArray
 
 from fedgestalt.cohort import Cohort
+from fedgestalt.federation.job.transfer import DOWNLOAD, UPLOAD
 from fedgestalt.hooks import get_registry
+from fedgestalt.jobs import TrainingJob
 from fedgestalt.learning.encoding import Encodings, encode
 from fedgestalt.learning.images import load_faces
 from fedgestalt.learning.store import load_ensemble
@@ -62,10 +64,10 @@ UNIFORM_BELOW = 6.0
 class Secrets:
     """What one site holds and must not send, as byte strings."""
 
-    def __init__(self, both: BothJobs, site: str) -> None:
+    def __init__(self, both: BothJobs, plain: Plain, site: str) -> None:
         cohort = both.consortium.silos[site]
-        plain = plain_update(both.consortium, both.training, site)
-        self.words, self.update = plain.words, [*plain.update.values(), *plain.new.values()]
+        first = plain.first_update(site)
+        self.words, self.update = first.words, [*first.update.values(), *first.new.values()]
         store = both.consortium.store(site) / "ensembles" / both.training.outcome["ensemble"]
         self.encodings = _encodings(cohort, store)
         self.texts = [r.subject for r in cohort.images.values()]
@@ -82,7 +84,22 @@ def _encodings(cohort: Cohort, folder: Path) -> Encodings:
 
 @pytest.fixture(scope="module")
 def secrets(both_jobs: BothJobs) -> dict[str, Secrets]:
-    return {site: Secrets(both_jobs, site) for site in both_jobs.consortium.sites}
+    plain = Plain(both_jobs.consortium, TrainingJob(ensemble=tiny_ensemble()))
+    return {site: Secrets(both_jobs, plain, site) for site in both_jobs.consortium.sites}
+
+
+def uploads(run: Run) -> dict[tuple[str, str], NDArray[np.uint32]]:
+    """The vectors that sites uploaded, by (site, session)."""
+    chunks: dict[tuple[str, str], dict[int, bytes]] = {}
+    for message in run.received:
+        if message.task == UPLOAD:
+            fields = message.reply["fedgestalt"]
+            vector = chunks.setdefault((message.site, fields["name"]), {})
+            vector[fields["chunk"]] = fields["words"]
+    return {
+        key: np.frombuffer(b"".join(vector[n] for n in sorted(vector)), np.uint32)
+        for key, vector in chunks.items()
+    }
 
 
 def pieces_of(values: NDArray) -> Iterator[bytes]:
@@ -102,6 +119,7 @@ def found_in(received: list[Received], pieces: Iterator[bytes]) -> int:
 
 def test_no_plaintext_update_reaches_the_server(both_jobs: BothJobs, secrets: dict) -> None:
     received = both_jobs.training.received
+    assert {UPLOAD, DOWNLOAD} < {message.task for message in received}
     for site, secret in secrets.items():
         assert len(list(pieces_of(secret.words))) > 10
         assert found_in(received, pieces_of(secret.words)) == 0, site
@@ -114,7 +132,7 @@ def test_the_update_search_finds_an_update_that_is_sent_unmasked(
     both_jobs: BothJobs, secrets: dict
 ) -> None:
     secret = next(iter(secrets.values()))
-    planted = Received("x", "fgm_update", b"head" + secret.words.tobytes(), None)  # type: ignore[arg-type]
+    planted = Received("x", UPLOAD, b"head" + secret.words.tobytes(), None)  # type: ignore[arg-type]
     assert found_in([*both_jobs.training.received, planted], pieces_of(secret.words)) > 10
 
 
@@ -151,12 +169,20 @@ def test_the_same_label_never_looks_the_same(both_jobs: BothJobs) -> None:
 
 
 def test_replies_hold_nothing_but_the_agreed_fields(both_jobs: BothJobs) -> None:
+    present = {"schema", "facts", "clock", "certificate", "cipher"}
     allowed = {
-        "fgm_join": {"schema", "facts", "clock"},
-        "fgm_round": {"schema", "session", "public_key"},
-        "fgm_update": {"schema", "session", "words"},
+        "fgm_join": present,
+        "fgm_train": {"schema", "round"},
+        "fgm_keys": {"schema", "session", "mask_key", "channel_key", "signature"},
+        "fgm_shares": {"schema", "session", "header", "boxes"},
+        UPLOAD: {"schema", "name", "ticket", "chunk", "checksum", "words"},
+        "fgm_vector": {"schema", "session"},
+        "fgm_survivors": {"schema", "session", "signature"},
+        "fgm_unmask": {"schema", "session", "shares"},
+        DOWNLOAD: {"schema", "name", "chunk"},
+        "fgm_apply": {"schema", "record", "signature"},
         "fgm_publish": {"schema", "digest", "doubtful_labels"},
-        "fgm_match_start": {"schema", "facts", "clock"},
+        "fgm_match_start": present,
         "fgm_kernel_keys": {"schema", "session", "public_key"},
         "fgm_kernel_seal": {"schema", "boxes"},
         "fgm_encode": {"schema", "kernel", "queries", "rows", "handles", "labels"},
@@ -241,10 +267,9 @@ def uniformity_of_bytes(content: bytes) -> bool:
 def test_a_masked_upload_is_uniform_and_the_same_upload_unmasked_is_not(
     both_jobs: BothJobs, secrets: dict
 ) -> None:
-    uploads = [r for r in both_jobs.training.received if r.task == "fgm_update"]
-    assert len(uploads) == 6
-    for message in uploads:
-        words = message.reply["fedgestalt"]["words"]
+    vectors = uploads(both_jobs.training)
+    assert len(vectors) == 6
+    for words in vectors.values():
         assert uniformity_defect(words) < UNIFORM_BELOW
     for secret in secrets.values():
         assert uniformity_defect(secret.words) > 10 * UNIFORM_BELOW

@@ -10,13 +10,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedgestalt import errors
-from fedgestalt.errors import DataError, FedgestaltError, PeerError, nearest
+from fedgestalt.errors import (
+    DataError,
+    FedgestaltError,
+    PeerError,
+    RoundFailedError,
+    ServerError,
+    SiteLostError,
+    nearest,
+)
 
 KINDS = [
     kind
     for kind in vars(errors).values()
-    if isinstance(kind, type) and issubclass(kind, FedgestaltError) and kind is not PeerError
+    if isinstance(kind, type) and issubclass(kind, FedgestaltError)
 ]
+NARROWER = {SiteLostError: PeerError, RoundFailedError: ServerError}
+"""Whose faults they are, too."""
 words = st.text(st.characters(codec="ascii", categories=("Ll",)), min_size=1, max_size=8)
 
 
@@ -50,16 +60,28 @@ def test_a_peer_error_names_the_site_at_fault() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_is_caught_as_the_base_and_as_itself_alone(kind: type[FedgestaltError]) -> None:
+    place = {"site": "bonn"} if issubclass(kind, PeerError) else {"where": "here"}
     with pytest.raises(FedgestaltError) as caught:
-        raise kind("broken", where="here", remedy="mend it")
+        raise kind("broken", remedy="mend it", **place)
     assert type(caught.value) is kind
-    assert [k for k in KINDS if isinstance(caught.value, k)] in ([kind], [FedgestaltError, kind])
+    right = {FedgestaltError, kind, NARROWER.get(kind, kind)}
+    assert {k for k in KINDS if isinstance(caught.value, k)} == right
+
+
+def test_a_lost_site_is_named_like_any_site_at_fault() -> None:
+    error = SiteLostError("no answer", site="bonn")
+    assert error.site == "bonn"
+    assert str(error) == "site 'bonn': no answer."
 
 
 @pytest.mark.parametrize(
     "error",
-    [DataError("broken", where="here", remedy="mend it"), PeerError("late", site="bonn")],
-    ids=["data", "peer"],
+    [
+        DataError("broken", where="here", remedy="mend it"),
+        PeerError("late", site="bonn"),
+        SiteLostError("silent", site="bonn", remedy="look at its log"),
+    ],
+    ids=["data", "peer", "lost"],
 )
 def test_errors_cross_a_process_boundary_unchanged(error: FedgestaltError) -> None:
     for twin in (pickle.loads(pickle.dumps(error)), copy.copy(error)):  # noqa: S301  our own bytes

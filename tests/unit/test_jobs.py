@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from nvflare.apis.executor import Executor
 from nvflare.apis.impl.controller import Controller
+from nvflare.app_common.abstract.aggregator import Aggregator
 from nvflare.app_common.default_component_policy import DEFAULT_CLASS_ALLOW_LIST
 
 from fedgestalt.errors import ConfigError, FedgestaltError
+from fedgestalt.federation.training.aggregator import ZeroSumMaskAggregator
 from fedgestalt.hooks import get_registry
 from fedgestalt.jobs import (
     JOBS,
@@ -72,6 +74,11 @@ jobs = st.builds(
     rounds=st.integers(1, 10_000),
     max_images_per_site=st.integers(2, 10**6),
     max_update_norm=st.floats(0.001, 1e6),
+    scope=st.sampled_from(["all", "encoder"]),
+    rule=st.sampled_from(["mean", "class-weighted"]),
+    reveal_aggregate_to=st.sampled_from(["server", "sites"]),
+    threat_model=st.sampled_from(["malicious", "honest-but-curious"]),
+    resume_from=st.from_regex(r"[A-Za-z0-9-]{0,64}", fullmatch=True),
     **common,
 ) | st.builds(
     MatchingJob,
@@ -134,6 +141,42 @@ def test_all_named_sites_are_needed_whatever_the_minimum(job: JobSpec, count: in
         assert [load(first, file) for file in FILES] == [load(second, file) for file in FILES]
 
 
+def aggregator(folder: Path) -> dict[str, Any]:
+    (found,) = (c for c in load(folder, SERVER)["components"] if c["id"] == "aggregator")
+    return dict(found)
+
+
+def test_how_a_job_aggregates_is_said_to_the_aggregator_alone(tmp_path: Path) -> None:
+    said = {
+        "scope": "encoder",
+        "rule": "class-weighted",
+        "reveal_aggregate_to": "sites",
+        "threat_model": "honest-but-curious",
+    }
+    render_job(TrainingJob(**said), tmp_path / "job")
+    assert aggregator(tmp_path / "job")["args"] == said
+    (workflow,) = load(tmp_path / "job", SERVER)["workflows"]
+    assert not workflow["args"].keys() & said.keys()
+    assert workflow["args"]["aggregator_id"] == "aggregator"
+
+
+def test_a_training_needs_fewer_sites_than_it_begins_with(tmp_path: Path) -> None:
+    job = TrainingJob(sites=("berlin", "bonn", "leuven", "ulm"), minimum_sites=3)
+    render_job(job, tmp_path / "job")
+    assert load(tmp_path / "job", "meta.json")["min_clients"] == 4
+    (workflow,) = load(tmp_path / "job", SERVER)["workflows"]
+    assert workflow["args"]["minimum_sites"] == 3
+    assert read_job(tmp_path / "job") == job
+
+
+def test_a_job_goes_on_from_the_one_that_it_names(tmp_path: Path) -> None:
+    job = TrainingJob(resume_from="0b1c2d3e-4f50-6172-8394-a5b6c7d8e9f0", rounds=9)
+    render_job(job, tmp_path / "job")
+    (workflow,) = load(tmp_path / "job", SERVER)["workflows"]
+    assert workflow["args"]["resume_from"] == job.resume_from
+    assert read_job(tmp_path / "job") == job
+
+
 def test_a_job_for_nobody_in_particular_goes_to_all(folder: Path) -> None:
     assert load(folder, "meta.json")["deploy_map"] == {"app": ["@ALL"]}
 
@@ -183,10 +226,27 @@ def test_flare_can_build_what_the_folder_names(folder: Path) -> None:
     bases = {"workflows": Controller, "executors": Executor}
     for file, key in ((SERVER, "workflows"), (CLIENT, "executors")):
         (item,) = load(folder, file)[key]
-        component = item.get("executor", item)
-        module, _, name = component["path"].rpartition(".")
-        made = getattr(importlib.import_module(module), name)(**component["args"])
-        assert isinstance(made, bases[key])
+        assert isinstance(built(item.get("executor", item)), bases[key])
+
+
+def built(component: Mapping[str, Any]) -> object:
+    module, _, name = component["path"].rpartition(".")
+    return getattr(importlib.import_module(module), name)(**component["args"])
+
+
+@given(job=jobs.filter(lambda job: isinstance(job, TrainingJob)))
+@settings(max_examples=20, deadline=None)
+def test_flare_can_build_the_aggregator_of_every_training(job: JobSpec) -> None:
+    with tempfile.TemporaryDirectory() as place:
+        render_job(job, Path(place) / "job")
+        made = built(aggregator(Path(place) / "job"))
+    assert isinstance(made, Aggregator)
+    assert isinstance(made, ZeroSumMaskAggregator)
+    assert isinstance(job, TrainingJob)
+    chosen = made.aggregation(job.max_images_per_site)
+    assert (chosen.scope, chosen.rule) == (job.scope, job.rule)
+    assert (chosen.recipient, chosen.threat_model) == (job.reveal_aggregate_to, job.threat_model)
+    assert chosen.max_weight == job.max_images_per_site
 
 
 def test_a_job_says_nothing_of_a_sites_folders(folder: Path) -> None:
@@ -261,6 +321,15 @@ def test_an_unknown_key_names_the_nearest_known_one(key: str, advice: str) -> No
         ("rounds.of", "1"),
         ("rounds.of.beer", "1"),
         ("minimum_sites", "2"),
+        ("scope", "classifiers"),
+        ("rule", "median"),
+        ("reveal_aggregate_to", "nobody"),
+        ("threat_model", "angelic"),
+        ("resume_from", "../x"),
+        ("resume_from", "a b"),
+        ("resume_from", "5"),
+        ("resume_from", '"job\\n"'),
+        ("resume_from", "a" * 65),
         ("phase_limit_seconds", "0"),
         ("ensemble", "all of them"),
         ("ensemble.members", "[]"),
@@ -350,6 +419,8 @@ def test_another_executor_is_refused(folder: Path, path: str) -> None:
         (CLIENT, lambda c: c["executors"].append(c["executors"][0])),
         (CLIENT, lambda c: c.update(extra=1)),
         (SERVER, lambda c: c["components"].append({"id": "spy", "path": "custom.Spy"})),
+        (SERVER, lambda c: c["components"].append("spy")),
+        (SERVER, lambda c: c["components"].append({"id": "spy", "args": 5})),
         (SERVER, lambda c: c["workflows"].append(c["workflows"][0])),
         (SERVER, lambda c: c.update(extra=1)),
         ("meta.json", lambda c: c.update(byoc=True)),
@@ -387,8 +458,61 @@ def test_an_unknown_key_in_a_folder_names_the_nearest_known_one(folder: Path) ->
 @pytest.mark.parametrize("minimum", [2, 0, "three", None, []])
 def test_fewer_than_three_sites_are_refused(folder: Path, minimum: object) -> None:
     change(folder, "meta.json", lambda meta: meta.update(min_clients=minimum))
-    with pytest.raises(ConfigError, match="minimum_sites"):
+    with pytest.raises(ConfigError, match=r"minimum_sites|min_clients differs"):
         read_job(folder)
+
+
+@pytest.mark.parametrize("minimum", [2, 0, "three", None, []])
+def test_no_sum_of_fewer_than_three_sites_is_asked_for(tmp_path: Path, minimum: object) -> None:
+    render_job(TrainingJob(), tmp_path / "job")
+    change(
+        tmp_path / "job",
+        SERVER,
+        lambda server: server["workflows"][0]["args"].update(minimum_sites=minimum),
+    )
+    with pytest.raises(ConfigError, match="minimum_sites"):
+        read_job(tmp_path / "job")
+
+
+@pytest.mark.parametrize(
+    ("edit", "says"),
+    [
+        (lambda a: a["args"].update(scope="some"), "scope"),
+        (lambda a: a["args"].update(rules="mean"), "did you mean 'rule'"),
+        (lambda a: a["args"].update(threat_model=None), "threat_model"),
+        (lambda a: a["args"].update(rounds=99), "components, workflows differs"),
+        (lambda a: a["args"].pop("rule"), "components differs"),
+        (lambda a: a.update(args=None), "components differs"),
+        (lambda a: a.update(id="other"), "components differs"),
+        (lambda a: a.update(path="custom.Aggregator"), "components differs"),
+    ],
+)
+def test_an_aggregator_that_was_told_something_else_is_refused(
+    tmp_path: Path, edit: Callable[[dict[str, Any]], object], says: str
+) -> None:
+    render_job(TrainingJob(), tmp_path / "job")
+    change(tmp_path / "job", SERVER, lambda server: edit(server["components"][0]))
+    with pytest.raises(ConfigError, match=says):
+        read_job(tmp_path / "job")
+
+
+@pytest.mark.parametrize("components", [None, 5, "x", {}, [], [[]]])
+def test_components_of_another_shape_are_refused(tmp_path: Path, components: object) -> None:
+    render_job(TrainingJob(), tmp_path / "job")
+    change(tmp_path / "job", SERVER, lambda server: server.update(components=components))
+    with pytest.raises(ConfigError, match="components differs"):
+        read_job(tmp_path / "job")
+
+
+def test_another_aggregator_in_the_workflow_is_refused(tmp_path: Path) -> None:
+    render_job(TrainingJob(), tmp_path / "job")
+    change(
+        tmp_path / "job",
+        SERVER,
+        lambda server: server["workflows"][0]["args"].update(aggregator_id="metrics"),
+    )
+    with pytest.raises(ConfigError, match="workflows differs"):
+        read_job(tmp_path / "job")
 
 
 @pytest.mark.parametrize("workflows", [5, "x", {}, {"id": 1}, ["x"], [[]], [None], None, []])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 import importlib
 from collections.abc import Mapping
 from dataclasses import FrozenInstanceError, dataclass
@@ -18,23 +19,36 @@ from numpy.typing import NDArray
 from fedgestalt.errors import FedgestaltError, PeerError, ServerError
 from fedgestalt.federation.matching.messages import OfferKeys
 from fedgestalt.messages import (
+    MAXIMUM_SITES,
     Message,
     array,
     arrays_by_name,
     from_server,
     from_site,
     integer,
+    message,
+    message_by_site,
     octets,
     octets_by_site,
     several,
     size_of,
     text,
     texts_by_name,
+    word,
 )
 
 
 class Chosen(FedgestaltError):
     """The error that the caller of these tests chose."""
+
+
+@dataclass(frozen=True)
+class Inner(Message):
+    """A message inside others."""
+
+    schema: ClassVar[str] = "test.inner/1"
+    secret: bytes = octets(2)
+    sites: tuple[str, ...] = several(text(5))
 
 
 @dataclass(frozen=True)
@@ -44,25 +58,39 @@ class Everything(Message):
     schema: ClassVar[str] = "test.everything/1"
 
     key: bytes = octets(4)
+    box: bytes = octets(1, 3)
+    cipher: str = word(6)
+    offer: Inner = message(Inner)
+    offers: Mapping[str, Inner] = message_by_site(Inner, 2)
     name: str = text(10)
     count: int = integer(1, 9)
     matrix: NDArray[np.float32] = array("float32", 2)
     words: NDArray[np.uint64] = array("uint64", 1)
     keys: Mapping[str, bytes] = octets_by_site(2)
+    seals: Mapping[str, bytes] = octets_by_site(1, 3, 2)
     boxes: Mapping[str, bytes] = octets_by_site()
     roster: tuple[str, ...] = several(text(5))
     tensors: Mapping[str, NDArray[np.float32]] = arrays_by_name("float32")
+
+
+def inner(**changes: Any) -> dict[str, Any]:
+    return {"schema": "test.inner/1", "secret": b"ab", "sites": ("ulm",)} | changes
 
 
 def good(**changes: Any) -> dict[str, Any]:
     return {
         "schema": "test.everything/1",
         "key": b"abcd",
+        "box": b"ab",
+        "cipher": "aes-2",
+        "offer": inner(),
+        "offers": {"bonn": inner(), "berlin": inner(sites=())},
         "name": "bonn",
         "count": 3,
         "matrix": np.eye(2, dtype=np.float32),
         "words": np.arange(3, dtype=np.uint64),
         "keys": {"bonn": b"ab", "berlin": b"cd"},
+        "seals": {"bonn": b"a", "berlin": b"abc"},
         "boxes": {"bonn": b"", "berlin": b"long and short"},
         "roster": ("bonn", "ulm"),
         "tensors": {"fc.weight": np.zeros((2, 1), np.float32)},
@@ -74,10 +102,16 @@ def decode(fields: object) -> Everything:
 
 
 def test_a_good_message_is_read_as_it_was_sent() -> None:
-    message = decode(good())
+    read = decode(good())
     for name, value in good().items():
-        if name != "schema":
-            np.testing.assert_equal(getattr(message, name), value)
+        if name not in ("schema", "offer", "offers"):
+            np.testing.assert_equal(getattr(read, name), value)
+
+
+def test_a_message_inside_another_is_read_as_a_message() -> None:
+    read = decode(good())
+    assert read.offer == Inner(b"ab", ("ulm",))
+    assert read.offers == {"bonn": Inner(b"ab", ("ulm",)), "berlin": Inner(b"ab", ())}
 
 
 def test_a_message_survives_the_way_there_and_back() -> None:
@@ -86,14 +120,26 @@ def test_a_message_survives_the_way_there_and_back() -> None:
     np.testing.assert_equal(decode(fields).to_fields(), good())
 
 
+def test_a_word_of_an_enumeration_travels_as_a_plain_word() -> None:
+    class Site(enum.StrEnum):
+        BONN = "bonn"
+
+    fields = dataclasses.replace(decode(good()), name=Site.BONN).to_fields()
+    assert type(fields["name"]) is str
+    assert decode(fields).name == Site.BONN
+
+
 def test_a_message_cannot_be_changed() -> None:
-    message = decode(good())
+    read = decode(good())
     with pytest.raises(FrozenInstanceError):
-        message.count = 4  # type: ignore[misc]
+        read.count = 4  # type: ignore[misc]
+    with pytest.raises(FrozenInstanceError):
+        read.offer.secret = b"cd"  # type: ignore[misc]
 
 
 def test_a_list_arrives_as_a_tuple() -> None:
     assert decode(good(roster=["bonn", "ulm"])).roster == ("bonn", "ulm")
+    assert decode(good(offer=inner(sites=["ulm"]))).offer.sites == ("ulm",)
 
 
 @pytest.mark.parametrize(
@@ -104,9 +150,16 @@ def test_a_list_arrives_as_a_tuple() -> None:
         ("name", "Müller"),
         ("count", 1),
         ("count", 9),
+        ("box", b"a"),
+        ("box", b"abc"),
+        ("cipher", ""),
+        ("cipher", "a-z0-9"),
+        ("offers", {}),
         ("matrix", np.zeros((0, 3), np.float32)),
         ("words", np.array([2**64 - 1], np.uint64)),
         ("keys", {}),
+        ("keys", {f"site-{number}": b"ab" for number in range(MAXIMUM_SITES)}),
+        ("seals", {}),
         ("boxes", {}),
         ("roster", ()),
         ("tensors", {}),
@@ -129,6 +182,23 @@ INFINITE = np.array([[-np.inf]], np.float32)
         ("key", "abcd", "str, not bytes"),
         ("key", bytearray(b"abcd"), "bytearray, not bytes"),
         ("key", None, "NoneType, not bytes"),
+        ("box", b"", "0 bytes, not 1..3"),
+        ("box", b"abcd", "4 bytes, not 1..3"),
+        ("box", "ab", "str, not bytes"),
+        ("cipher", "aes-256", "no word of letters"),
+        ("cipher", "AES", "no word of letters"),
+        ("cipher", "a b", "no word of letters"),
+        ("cipher", "a\n", "no word of letters"),
+        ("cipher", "ä", "no word of letters"),
+        ("cipher", "²", "no word of letters"),
+        ("cipher", b"aes", "bytes, not text"),
+        ("offer", None, "NoneType, not a mapping"),
+        ("offer", b"ab", "bytes, not a mapping"),
+        ("offers", [inner()], "list, not a mapping"),
+        ("offers", {"a": inner(), "b": inner(), "c": inner()}, "3 entries, more than 2"),
+        ("offers", {1: inner()}, "a name that is int, not text"),
+        ("offers", {"": inner()}, "a name that is empty, long or unprintable"),
+        ("offers", {"x" * 201: inner()}, "a name that is empty, long or unprintable"),
         ("name", "", "empty, long or unprintable"),
         ("name", "x" * 11, "empty, long or unprintable"),
         ("name", "two\nlines", "empty, long or unprintable"),
@@ -148,6 +218,10 @@ INFINITE = np.array([[-np.inf]], np.float32)
         ("matrix", INFINITE, "NaN or infinity"),
         ("words", np.zeros(3, np.int64), "int64 with 1 axes, not uint64"),
         ("keys", {"bonn": b"a"}, "1 bytes, not 2"),
+        ("keys", {f"site-{n}": b"ab" for n in range(MAXIMUM_SITES + 1)}, "entries, more than"),
+        ("seals", {"bonn": b""}, "one that has 0 bytes, not 1..3"),
+        ("seals", {"bonn": b"a", "berlin": b"abcd"}, "one that has 4 bytes, not 1..3"),
+        ("seals", {"a": b"a", "b": b"a", "c": b"a"}, "3 entries, more than 2"),
         ("keys", {"bonn": "ab"}, "holds str, not bytes"),
         ("keys", {3: b"ab"}, "int, not text"),
         ("keys", {"": b"ab"}, "empty, long or unprintable"),
@@ -173,6 +247,32 @@ def test_a_wrong_value_is_refused_and_its_field_named(field: str, value: object,
     assert f"field {field!r}" in str(refusal.value)
     assert says in str(refusal.value)
     assert Everything.schema in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"secret": b"abc"}, "field 'secret' has 3 bytes, not 2"),
+        ({"sites": ("berlin",)}, "field 'sites' has a member that is empty, long"),
+        ({"schema": "test.inner/2"}, "expected test.inner/1, got 'test.inner/2'"),
+        ({"schema": "test.everything/1"}, "expected test.inner/1, got"),
+        ({"extra": 1}, "test.inner/1: missing or unknown field 'extra'"),
+    ],
+)
+def test_what_is_wrong_inside_a_message_inside_is_refused_and_named(
+    change: dict[str, Any], says: str
+) -> None:
+    wrong = inner(**change)
+    for fields in (good(offer=wrong), good(offers={"bonn": inner(), "ulm": wrong})):
+        with pytest.raises(Chosen) as refusal:
+            decode(fields)
+        assert says in str(refusal.value)
+
+
+@pytest.mark.parametrize("wrong", [None, "text", [], 3, b""])
+def test_what_is_no_message_in_a_mapping_of_messages_is_refused(wrong: object) -> None:
+    with pytest.raises(Chosen, match=f"expected test.inner/1, got {type(wrong).__name__}"):
+        decode(good(offers={"bonn": wrong}))
 
 
 @pytest.mark.parametrize("name", [name for name in good() if name != "schema"])
@@ -205,7 +305,7 @@ def test_an_array_where_the_schema_belongs_is_refused(schema: NDArray[Any]) -> N
 def test_a_message_without_a_schema_is_refused() -> None:
     fields = good()
     del fields["schema"]
-    with pytest.raises(Chosen, match="got 'None'"):
+    with pytest.raises(Chosen, match="got NoneType"):
         decode(fields)
 
 
@@ -252,15 +352,31 @@ def test_junk_raises_the_chosen_error_and_no_other(fields: object) -> None:
 @settings(deadline=None)
 def test_junk_in_one_field_is_either_valid_or_the_chosen_error(field: str, value: object) -> None:
     try:
-        message = decode(good(**{field: value}))
+        read = decode(good(**{field: value}))
     except Chosen as refusal:
-        assert f"field {field!r}" in str(refusal)  # noqa: PT017  either outcome is right
+        inside = field.startswith("offer") and Inner.schema in str(refusal)
+        assert inside or f"field {field!r}" in str(refusal)  # noqa: PT017  either outcome is right
     else:
-        np.testing.assert_equal(decode(message.to_fields()).to_fields(), message.to_fields())
+        np.testing.assert_equal(decode(read.to_fields()).to_fields(), read.to_fields())
+
+
+@given(field=st.sampled_from(list(inner())), value=junk)
+@settings(deadline=None)
+def test_junk_inside_a_message_inside_is_either_valid_or_the_chosen_error(
+    field: str, value: object
+) -> None:
+    fields = good(offers={"bonn": inner(**{field: value})})
+    try:
+        read = decode(fields)
+    except Chosen as refusal:
+        assert Inner.schema in str(refusal)  # noqa: PT017  either outcome is right
+    else:
+        np.testing.assert_equal(decode(read.to_fields()).to_fields(), read.to_fields())
 
 
 MODULES = (
     "fedgestalt.secagg",
+    "fedgestalt.federation.job.transfer",
     "fedgestalt.similarity.kernel",
     "fedgestalt.federation.training.messages",
     "fedgestalt.federation.matching.messages",
@@ -304,6 +420,16 @@ def test_every_message_refuses_a_field_that_is_not_its_own(kind: type[Message]) 
         kind.from_fields(fields, Chosen)
 
 
+@pytest.mark.parametrize("kind", real_messages(), ids=lambda kind: kind.__name__)
+def test_every_message_refuses_a_field_too_few(kind: type[Message]) -> None:
+    names = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    for name in names:
+        fields: dict[str, object] = {"schema": kind.schema} | dict.fromkeys(names, object())
+        del fields[name]
+        with pytest.raises(Chosen, match=f"missing or unknown field '{name}'"):
+            kind.from_fields(fields, Chosen)
+
+
 def test_offering_keys_takes_no_field() -> None:
     schema = OfferKeys.schema
     assert OfferKeys().to_fields() == {"schema": schema}
@@ -323,8 +449,8 @@ class Facts(Message):
 
 @pytest.mark.parametrize("facts", [{}, {"a": "x"}, {"abcde": "vwxyz", "b": "Ärger"}])
 def test_short_texts_by_name_pass(facts: dict[str, str]) -> None:
-    message = Facts.from_fields({"schema": Facts.schema, "facts": facts}, Chosen)
-    assert message.facts == facts
+    read = Facts.from_fields({"schema": Facts.schema, "facts": facts}, Chosen)
+    assert read.facts == facts
 
 
 @pytest.mark.parametrize(

@@ -244,6 +244,7 @@ class _SeedRun:
             device="cpu",
             threads=max(1, (os.cpu_count() or 1) // len(self._names)),
             evaluation_release=True,
+            identity="ephemeral",  # the simulator has no startup kits
         )
         folder = self._folder / f"job-{key}"
         render_job(job, folder)

@@ -14,11 +14,21 @@ import torch
 
 from fedgestalt.cohort import Cohort
 from fedgestalt.contracts import FACE_SIZE
-from fedgestalt.federation.training.rounds import exponents_of, first_ranges, round_facts
+from fedgestalt.federation.training.checkpoints import MODELS_KEPT
+from fedgestalt.federation.training.rounds import (
+    Aggregation,
+    Rule,
+    Scope,
+    exponents_of,
+    first_ranges,
+    number_plan,
+    shapes_of,
+)
 from fedgestalt.jobs import TrainingJob
 from fedgestalt.learning.augment import TEST_VARIANTS
 from fedgestalt.learning.device import trunk_dtype
 from fedgestalt.learning.ensemble import Ensemble, read_shared_state
+from fedgestalt.secagg import Recipient, ThreatModel
 
 PROCESS_BYTES: Final = 900 << 20
 """A job's process with torch, FLARE and a small ensemble; measured 0.7 GiB with the default one."""
@@ -53,8 +63,8 @@ class Work:
 
     @property
     def disk_bytes(self) -> int:
-        """What a training and a matching job leave in the store."""
-        return self.feature_bytes + self.model_bytes
+        """What a training and a matching job leave in the store, with the last rounds' models."""
+        return self.feature_bytes + (1 + MODELS_KEPT) * self.model_bytes
 
     @property
     def sent_per_round(self) -> int:
@@ -63,8 +73,8 @@ class Work:
 
     @property
     def received_per_round(self) -> int:
-        """Bytes of one global model."""
-        return 4 * self.values
+        """Bytes of the sum of all updates."""
+        return 4 * self.words
 
     @property
     def masked_rows_bytes(self) -> int:
@@ -76,15 +86,22 @@ def work_of(job: TrainingJob, ensemble: Ensemble, cohort: Cohort, device: torch.
     """The sizes of ``job``, and of matching with its ensemble, for the images of ``cohort``."""
     images, training = len(cohort.images), len(cohort.train)
     state = read_shared_state(ensemble)
-    round_ = round_facts(
-        job="",
-        attempt=1,
-        round_number=1,
-        state=state,
-        exponents=exponents_of(first_ranges(state, ensemble.spec)),
-        max_weight=job.max_images_per_site,
-        roster=tuple(f"site-{number}" for number in range(job.minimum_sites)),
-        spec=ensemble.spec,
+    aggregation = Aggregation(
+        Scope(job.scope),
+        Rule(job.rule),
+        Recipient(job.reveal_aggregate_to),
+        ThreatModel(job.threat_model),
+        job.max_images_per_site,
+    )
+    shared = aggregation.shared(state)
+    exponents = exponents_of(first_ranges(shared, ensemble.spec))
+    plan = number_plan(
+        shapes_of(shared),
+        exponents,
+        job.minimum_sites,
+        aggregation,
+        ensemble.spec,
+        ensemble.classes,
     )
     values = sum(int(array.size) for array in state.values())
     item = trunk_dtype(device).itemsize
@@ -100,7 +117,7 @@ def work_of(job: TrainingJob, ensemble: Ensemble, cohort: Cohort, device: torch.
         images=images,
         training_images=training,
         values=values,
-        words=round_.plan.words,
+        words=plan.words,
         feature_bytes=item * (training * to_train + images * to_encode),
         model_bytes=4 * values,
         memory_bytes=PROCESS_BYTES + fixed + _STATES * 4 * values + copies * _FACE_BYTES,
@@ -111,13 +128,13 @@ def work_of(job: TrainingJob, ensemble: Ensemble, cohort: Cohort, device: torch.
 def traffic(job: TrainingJob, work: Work) -> dict[str, int]:
     """Bytes that a training and a matching job move, as far as this site alone determines them.
 
-    A site sends an update a round; it receives the model each round and once more at the end. In a
-    matching job it sends a vector for each image.
+    A site sends its masked update and receives the sum of all updates each round; it builds the
+    start model itself. In a matching job it sends a vector for each image.
     """
     return {
         "sent_bytes_per_round": work.sent_per_round,
         "sent_bytes": work.sent_per_round * job.rounds,
         "received_bytes_per_round": work.received_per_round,
-        "received_bytes": work.received_per_round * (job.rounds + 1),
+        "received_bytes": work.received_per_round * job.rounds,
         "matching_sent_bytes": work.masked_rows_bytes,
     }

@@ -97,11 +97,34 @@ class Ensemble:
         parts += [state_digest(member) for member in self.members]
         return hashlib.sha256("|".join(parts).encode()).hexdigest()
 
-    def digest(self, state: Mapping[str, NDArray[np.float32]]) -> str:
-        """SHA-256 over the frozen parts and a shared state, hexadecimal."""
+    def outline(self) -> Outline:
+        """What is needed to name and store states of this ensemble, without its modules."""
         frozen = [member.trunk_digest for member in self.members]
         frozen += [state_digest(m.neck) for m in self.members if not m.trained_parts]
-        parts = "|".join([self.spec.digest, *frozen, shared_state_digest(state).hex()])
+        return Outline(self.spec, self.classes, tuple(frozen))
+
+    def digest(self, state: Mapping[str, NDArray[np.float32]]) -> str:
+        """SHA-256 over the frozen parts and a shared state, hexadecimal."""
+        return self.outline().digest(state)
+
+
+@dataclass(frozen=True)
+class Outline:
+    """An ensemble without its modules.
+
+    Attributes:
+        spec: its specification.
+        classes: of the classifier.
+        frozen: digests of the parts that training does not change.
+    """
+
+    spec: EnsembleSpec
+    classes: int
+    frozen: tuple[str, ...]
+
+    def digest(self, state: Mapping[str, NDArray[np.float32]]) -> str:
+        """SHA-256 over the frozen parts and a shared state, hexadecimal."""
+        parts = "|".join([self.spec.digest, *self.frozen, shared_state_digest(state).hex()])
         return hashlib.sha256(parts.encode()).hexdigest()
 
 
@@ -201,12 +224,17 @@ def write_shared_state(ensemble: Ensemble, state: Mapping[str, NDArray[np.float3
                 tensor.copy_(torch.from_numpy(np.ascontiguousarray(values)))
 
 
+def is_classifier(name: str) -> bool:
+    """Whether a tensor of the shared state belongs to a member's classifier; rows are classes."""
+    return name.split("/")[1] == "head"
+
+
 def shared_state_digest(state: Mapping[str, NDArray[np.float32]]) -> bytes:
     """SHA-256 over names, shapes and values, 32 bytes."""
     total = hashlib.sha256()
     for name, values in sorted(state.items()):
         total.update(f"{name}|{values.shape};".encode())
-        total.update(np.ascontiguousarray(values, "<f4").tobytes())
+        total.update(np.ascontiguousarray(values, "<f4").data)
     return total.digest()
 
 

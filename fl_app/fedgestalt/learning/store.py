@@ -15,6 +15,7 @@ from fedgestalt.errors import ConfigError, SiteError
 from fedgestalt.hooks.registry import Registry, read_options
 from fedgestalt.learning.ensemble import (
     Ensemble,
+    Outline,
     SharedState,
     build_ensemble,
     write_shared_state,
@@ -25,7 +26,7 @@ _SCHEMA = "fedgestalt.ensemble/1"
 _MANIFEST, _WEIGHTS = "ensemble.json", "weights.safetensors"
 
 
-def save_ensemble(folder: Path, ensemble: Ensemble, state: SharedState) -> str:
+def save_ensemble(folder: Path, ensemble: Ensemble | Outline, state: SharedState) -> str:
     """Store an ensemble's specification and shared state; returns its digest.
 
     Frozen parts come from the installed plugins again, checked by digest.
@@ -53,14 +54,18 @@ def save_ensemble(folder: Path, ensemble: Ensemble, state: SharedState) -> str:
             temporary.replace(folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-    except (OSError, SafetensorError) as error:  # safetensors wraps what the system says
-        said = error.strerror if isinstance(error, OSError) else str(error)
-        why = str(said).rpartition(": ")[2].partition(" (os error")[0]
+    except (OSError, SafetensorError) as error:
         raise SiteError(
-            f"the ensemble cannot be stored ({why})",
+            f"the ensemble cannot be stored ({reason_of(error)})",
             remedy="free disk space; ensembles stored earlier are untouched",
         ) from None
     return digest
+
+
+def reason_of(error: Exception) -> str:
+    """What the system said about a file; safetensors wraps it in a sentence of its own."""
+    said = getattr(error, "strerror", None) or str(error)
+    return said.rpartition(": ")[2].partition(" (os error")[0]
 
 
 def load_ensemble(folder: Path, registry: Registry) -> tuple[Ensemble, str]:

@@ -112,13 +112,22 @@ class LocalTrainer:
         state: Mapping[str, NDArray[np.float32]],
         round_number: int,
         progress: MemberProgress = show_nothing,
+        repeat: int = 0,
     ) -> tuple[SharedState, dict[str, MemberMetrics]]:
-        """Train all trainable members from ``state``; return the new state and their metrics."""
+        """Train all trainable members from ``state``; return the new state and their metrics.
+
+        Args:
+            state: what to start from.
+            round_number: sets, with the seed, all random draws.
+            progress: see :data:`MemberProgress`.
+            repeat: how often this round was trained and given away before; other draws then.
+        """
         write_shared_state(self.ensemble, state)
         metrics: dict[str, MemberMetrics] = {}
         for index, member in enumerate(self.ensemble.members):
             if member.trained_parts:
-                rng = np.random.default_rng([self.seed, round_number, index])
+                again = [repeat] if repeat else []
+                rng = np.random.default_rng([self.seed, round_number, index, *again])
                 metrics[member.spec.name] = self._train(member, index, rng, progress)
         return read_shared_state(self.ensemble), metrics
 

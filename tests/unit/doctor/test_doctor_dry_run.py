@@ -12,15 +12,21 @@ import pytest
 import torch
 from consortium import tiny_ensemble
 from doctor_trial import TINY_JOB, Hospital, by_state, left_alone, named
+from safetensors.numpy import load_file
 
 from fedgestalt.cohort import Cohort, read_cohort
 from fedgestalt.doctor import dry_run
 from fedgestalt.doctor.work import Work, traffic, work_of
 from fedgestalt.federation.site.settings import SiteSettings
+from fedgestalt.federation.training.checkpoints import SiteCheckpoints
+from fedgestalt.federation.training.model import GlobalModel
 from fedgestalt.federation.training.rounds import (
+    Aggregation,
     exponents_of,
     first_ranges,
-    round_facts,
+    number_plan,
+    row_weights,
+    shapes_of,
     with_metrics,
 )
 from fedgestalt.hooks import get_registry
@@ -30,6 +36,7 @@ from fedgestalt.learning.encoding import encode
 from fedgestalt.learning.ensemble import Ensemble, build_ensemble, read_shared_state
 from fedgestalt.learning.features import trunk_features
 from fedgestalt.learning.images import load_faces
+from fedgestalt.learning.store import save_ensemble
 from fedgestalt.learning.training import LocalTrainer
 
 CPU = torch.device("cpu")
@@ -86,27 +93,40 @@ def test_the_threads_of_the_policy_are_used(
     assert torch.get_num_threads() == before
 
 
+@pytest.mark.parametrize("scope", ["all", "encoder"])
+@pytest.mark.parametrize("rule", ["mean", "class-weighted"])
 def test_an_update_has_the_words_that_a_trained_update_has_under_its_plan(
-    ensemble: Ensemble, cohort: Cohort, work: Work
+    ensemble: Ensemble, cohort: Cohort, scope: Any, rule: Any
 ) -> None:
+    job = TrainingJob(ensemble=tiny_ensemble(), rounds=5, scope=scope, rule=rule)
     data, state = training_set(cohort), read_shared_state(ensemble)
     new, metrics = LocalTrainer(ensemble, data, CPU, 1).run_round(state, 1)
-    update = {name: values - state[name] for name, values in new.items()}
-    facts = round_facts(
-        job="job",
-        attempt=1,
-        round_number=1,
-        state=state,
-        exponents=exponents_of(first_ranges(state, ensemble.spec)),
-        max_weight=100,
-        roster=("berlin", "bonn", "leuven"),
-        spec=ensemble.spec,
+    chosen = Aggregation.named(
+        scope=scope, rule=rule, recipient="server", threat_model="malicious", max_weight=100
     )
-    sent = facts.plan.encode(with_metrics(update, metrics), len(data.targets))
-    moved = traffic(TrainingJob(ensemble=tiny_ensemble(), rounds=5), work)
+    shared = chosen.shared(state)
+    exponents = exponents_of(first_ranges(shared, ensemble.spec))
+    plan = number_plan(shapes_of(shared), exponents, 3, chosen, ensemble.spec, data.classes)
+    update = with_metrics({name: new[name] - state[name] for name in shared}, metrics)
+    sent = plan.encode(update, len(data.targets), row_weights(plan, data.targets))
+    moved = traffic(job, work_of(job, ensemble, cohort, CPU))
     assert moved["sent_bytes_per_round"] == sent.nbytes
-    assert moved["sent_bytes"] == 5 * sent.nbytes
-    assert moved["received_bytes"] == 6 * sum(values.nbytes for values in state.values())
+    assert moved["received_bytes_per_round"] == sent.nbytes
+    assert moved["sent_bytes"] == moved["received_bytes"] == 5 * sent.nbytes
+
+
+def test_the_models_that_a_training_leaves_take_the_bytes_that_they_really_take(
+    ensemble: Ensemble, work: Work, tmp_path: Path
+) -> None:
+    state = read_shared_state(ensemble)
+    save_ensemble(tmp_path / "ensemble", ensemble, state)
+    rounds = SiteCheckpoints(tmp_path / "checkpoints")
+    for number in range(5):
+        model = GlobalModel({name: values + number for name, values in state.items()})
+        rounds.keep(model.digest, model.state)
+    files = map(load_file, tmp_path.rglob("*.safetensors"))
+    left = sum(tensor.nbytes for file in files for tensor in file.values())
+    assert work.disk_bytes - work.feature_bytes == left
 
 
 def test_masked_rows_and_features_take_the_bytes_that_they_really_take(

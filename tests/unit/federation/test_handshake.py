@@ -19,12 +19,20 @@ from fedgestalt.federation.job.handshake import (
     present,
     versions,
 )
+from fedgestalt.federation.job.identity import CERTIFICATE_LIMIT
 from fedgestalt.hooks import get_registry
 from fedgestalt.messages import from_site
+from fedgestalt.secagg import AES
+from fedgestalt.secagg.facts import CIPHERS
 
 FACTS = {"fedgestalt": "0.1.0", "nvflare": "2.9.0", "start model": "a" * 64}
 MAP = {"label map": "b" * 64}
 SITES = ("berlin", "bonn", "leuven")
+
+
+def says(facts: Mapping[str, str], clock: int = 0) -> Present:
+    """What a site states in a job without certificates."""
+    return Present(facts, clock, b"", "")
 
 
 def stated(**changes: Mapping[str, str | None]) -> dict[str, Present]:
@@ -32,7 +40,7 @@ def stated(**changes: Mapping[str, str | None]) -> dict[str, Present]:
     found = {}
     for site in SITES:
         facts = {**FACTS, **MAP, **changes.get(site, {})}
-        found[site] = Present({k: v for k, v in facts.items() if v is not None}, 0)
+        found[site] = says({k: v for k, v in facts.items() if v is not None})
     return found
 
 
@@ -121,8 +129,8 @@ def test_without_a_majority_all_but_one_site_are_named() -> None:
 
 
 def test_many_sites_that_agree_are_not_all_listed() -> None:
-    many = {f"site-{number}": Present({"classes": "3"}, 0) for number in range(9)}
-    many["bonn"] = Present({"classes": "4"}, 0)
+    many = {f"site-{number}": says({"classes": "3"}) for number in range(9)}
+    many["bonn"] = says({"classes": "4"})
     said = complaint({}, many)
     assert "bonn: classes is 4, with site-0, site-1, site-2 and others 3" in said
 
@@ -162,7 +170,7 @@ def test_versions_that_differ_in_their_last_letters_look_different() -> None:
     usual, other = "0.1.0.dev20+g0123456.a", "0.1.0.dev20+g0123456.b"
     said = complaint(
         {"fedgestalt": usual},
-        {site: Present({"fedgestalt": other if site == "bonn" else usual}, 0) for site in SITES},
+        {site: says({"fedgestalt": other if site == "bonn" else usual}) for site in SITES},
     )
     assert f"fedgestalt is {other}, with berlin, leuven, the server {usual} (" in said
 
@@ -206,7 +214,7 @@ def test_every_site_that_differs_from_the_server_is_named_and_no_other(
 
 
 def at(seconds: float) -> Present:
-    return Present({}, int(seconds * 1000))
+    return says({}, int(seconds * 1000))
 
 
 def test_clocks_that_are_a_little_off_are_nobodys_business() -> None:
@@ -234,16 +242,50 @@ def test_a_site_states_its_facts_and_the_time() -> None:
     said = present(FACTS)
     assert said.facts == FACTS
     assert abs(said.clock / 1000 - time.time()) < 60
+    assert (said.certificate, said.cipher) == (b"", "")
     assert Present.from_fields(said.to_fields(), from_site("bonn")) == said
 
 
+def test_a_site_states_its_certificate_and_its_fastest_cipher_where_the_job_asks_for_them() -> None:
+    said = present(FACTS, b"-----BEGIN CERTIFICATE-----", AES)
+    assert said.certificate == b"-----BEGIN CERTIFICATE-----"
+    assert said.cipher == AES
+    assert Present.from_fields(said.to_fields(), from_site("bonn")) == said
+
+
+@pytest.mark.parametrize("cipher", CIPHERS)
+def test_every_cipher_that_there_is_can_be_stated(cipher: str) -> None:
+    said = present({}, b"", cipher)
+    assert Present.from_fields(said.to_fields(), from_site("bonn")).cipher == cipher
+
+
+def test_certificates_and_ciphers_are_nobodys_difference() -> None:
+    said = {site: present(FACTS, site.encode(), CIPHERS[site > "bonn"]) for site in SITES}
+    check_agreement(FACTS, said, {})
+
+
 @pytest.mark.parametrize(
-    ("key", "value"), [("facts", {"a": "x" * 201}), ("facts", {"a": 1}), ("clock", -1)]
+    ("key", "value"),
+    [
+        ("facts", {"a": "x" * 201}),
+        ("facts", {"a": 1}),
+        ("clock", -1),
+        ("certificate", "PEM"),
+        ("certificate", bytes(CERTIFICATE_LIMIT + 1)),
+        ("cipher", "AES 256"),
+        ("cipher", "a" * 41),
+        ("cipher", None),
+    ],
 )
 def test_a_malformed_statement_names_its_site(key: str, value: object) -> None:
     fields = {**present(FACTS).to_fields(), key: value}
     with pytest.raises(PeerError, match=f"'bonn'.*field '{key}'"):
         Present.from_fields(fields, from_site("bonn"))
+
+
+def test_the_longest_certificate_that_is_read_can_be_stated() -> None:
+    said = present({}, bytes(CERTIFICATE_LIMIT))
+    assert Present.from_fields(said.to_fields(), from_site("bonn")) == said
 
 
 def test_the_software_is_stated_with_versions_and_digests() -> None:

@@ -20,18 +20,45 @@ from fedgestalt.errors import DataError, SiteError
 from fedgestalt.federation.job.handshake import Present
 from fedgestalt.federation.job.wire import BODY, FAULT, fault_of, fault_reply, to_shareable
 from fedgestalt.federation.matching.messages import MaskedRows, Ranked
-from fedgestalt.federation.site.outgoing import SENT_FILE, OutgoingGuard
+from fedgestalt.federation.site.outgoing import SENT_FILE, OutgoingGuard, record_sent
 from fedgestalt.federation.site.settings import FILE_NAME
-from fedgestalt.federation.tasks import ANSWERS, ENCODE, JOIN, RANK, ROUND, TASK_PREFIX, UPDATE
-from fedgestalt.federation.training.messages import Published
+from fedgestalt.federation.tasks import (
+    ANSWERS,
+    ENCODE,
+    JOIN,
+    RANK,
+    SHARES,
+    TASK_PREFIX,
+    TRAIN,
+    VECTOR,
+)
+from fedgestalt.federation.training.messages import Published, Receipt, Trained, Uploaded
 from fedgestalt.messages import Message, size_of
-from fedgestalt.secagg import KeyOffer, MaskedVector
+from fedgestalt.secagg import Endorsement, KeyOffer, ShareHeader, ShareOffer, UnmaskShares
+from fedgestalt.secagg.keys import CIPHERTEXT_BYTES, PUBLIC_BYTES, TAG_BYTES
+from fedgestalt.secagg.shamir import SHARE_BYTES
 from fedgestalt.similarity.kernel import KernelKey, SealedContributions
 
+HEADER = ShareHeader(
+    seed_commitment=bytes(32),
+    seed_shares={"berlin": bytes(32), "bonn": bytes(32)},
+    root_shares={"berlin": bytes(32), "bonn": bytes(32)},
+    pair_secrets={},
+    escrow=bytes(TAG_BYTES),
+    boxes={"berlin": bytes(32)},
+    common_secret=b"",
+    signature=bytes(64),
+)
+BOX = bytes(CIPHERTEXT_BYTES + 2 * SHARE_BYTES + TAG_BYTES)
 REPLIES: list[Message] = [
-    Present({"classes": "3"}, 1),
-    KeyOffer(bytes(32), bytes(32)),
-    MaskedVector(bytes(32), np.arange(5, dtype=np.uint32)),
+    Present({"classes": "3"}, 1, b"a certificate", "chacha20"),
+    Trained(1),
+    KeyOffer(bytes(32), bytes(PUBLIC_BYTES), bytes(PUBLIC_BYTES), bytes(64)),
+    ShareOffer(bytes(32), HEADER, {"berlin": BOX}),
+    Uploaded(bytes(32)),
+    Endorsement(bytes(32), bytes(64)),
+    UnmaskShares(bytes(32), {"berlin": bytes(SHARE_BYTES), "bonn": bytes(SHARE_BYTES)}),
+    Receipt(b"a record", bytes(64)),
     Published("a" * 64, 0),
     KernelKey(bytes(32), bytes(32)),
     SealedContributions({"berlin": bytes(48)}),
@@ -125,10 +152,10 @@ def test_lines_are_added_one_after_another(site: Site) -> None:
 
 
 def test_nothing_but_names_and_sizes_is_written_down(site: Site) -> None:
-    site.send(JOIN, to_shareable(Present({"classes": "314159"}, 271828)))
+    site.send(JOIN, to_shareable(Present({"classes": "314159"}, 271828, b"161803", "chacha20")))
     text = (site.store / SENT_FILE).read_text()
-    assert "314159" not in text
-    assert "271828" not in text
+    for content in ("314159", "271828", "161803", "chacha20"):
+        assert content not in text
 
 
 def test_a_store_that_is_not_there_yet_is_made_for_the_site_alone(site: Site) -> None:
@@ -146,7 +173,7 @@ def test_a_fault_passes_and_is_written_down(site: Site) -> None:
 
 def test_an_aborted_task_passes(site: Site) -> None:
     result = make_reply(ReturnCode.TASK_ABORTED)
-    assert site.send(UPDATE, result) is result
+    assert site.send(VECTOR, result) is result
     assert site.sent[0]["message"] == "fault"
 
 
@@ -205,7 +232,7 @@ def test_an_answer_to_another_task_is_stopped(site: Site, message: Message) -> N
 def test_an_older_version_of_a_message_is_stopped(site: Site) -> None:
     result = to_shareable(REPLIES[0])
     result[BODY]["schema"] = "fedgestalt.present/0"
-    assert "expected fedgestalt.present/1" in site.stopped(JOIN, result)
+    assert "expected fedgestalt.present/2" in site.stopped(JOIN, result)
 
 
 def test_a_message_with_a_field_too_many_is_stopped(site: Site) -> None:
@@ -220,9 +247,24 @@ def test_a_message_with_something_else_in_a_field_is_stopped(site: Site) -> None
     assert "field 'digest'" in site.stopped("fgm_publish", result)
 
 
+@pytest.mark.parametrize("place", ["boxes", "seed_shares"])
+def test_a_message_with_something_else_deep_inside_is_stopped(site: Site, place: str) -> None:
+    result = to_shareable(next(m for m in REPLIES if isinstance(m, ShareOffer)))
+    result[BODY]["header"][place]["berlin"] = SECRET
+    assert f"field '{place}' holds ndarray" in site.stopped(SHARES, result)
+
+
+def test_an_update_cannot_leave_in_place_of_the_word_that_it_is_ready(site: Site) -> None:
+    result = to_shareable(Trained(1))
+    result[BODY]["round"] = SECRET
+    assert "field 'round'" in site.stopped(TRAIN, result)
+    result[BODY] |= {"round": 1, "update": SECRET}
+    assert "unknown field 'update'" in site.stopped(TRAIN, result)
+
+
 @pytest.mark.parametrize("body", [None, SECRET, [1, 2], "text", {}])
 def test_a_result_without_a_message_is_stopped(site: Site, body: object) -> None:
-    assert "its outgoing guard stopped" in site.stopped(ROUND, Shareable({BODY: body}))
+    assert "its outgoing guard stopped" in site.stopped(TRAIN, Shareable({BODY: body}))
 
 
 def test_an_empty_result_is_stopped(site: Site) -> None:
@@ -242,7 +284,8 @@ def test_a_result_of_a_task_that_this_version_does_not_know_is_stopped(
 def test_what_cannot_be_written_down_does_not_leave(site: Site, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     site.configure(store=str(tmp_path / "file" / "store"))
-    said = site.stopped(ENCODE, to_shareable(REPLIES[6]))
+    (rows,) = (message for message in REPLIES if isinstance(message, MaskedRows))
+    said = site.stopped(ENCODE, to_shareable(rows))
     assert "its record of what leaves it cannot be written (Not a directory)" in said
     assert str(tmp_path) not in said
 
@@ -271,3 +314,27 @@ def test_without_the_sites_settings_nothing_leaves(site: Site) -> None:
 def test_an_error_about_data_leaves_without_what_it_says(site: Site) -> None:
     result = fault_reply(DataError("row 7 names SUBJECT-0007", where="/data/table.csv"))
     assert "SUBJECT" not in fault_of(site.send(JOIN, result))
+
+
+# --- what leaves beside the answers to tasks -----------------------------------------------------
+
+
+def test_a_masked_vector_is_written_down_like_an_answer(site: Site) -> None:
+    site.send(JOIN, to_shareable(REPLIES[0]))
+    before = time.time()
+    record_sent(site.store, "job-7", VECTOR, "masked vector", 4000)
+    _, line = site.sent
+    assert line.pop("time") == pytest.approx(before, abs=60)
+    assert line == {"job": "job-7", "task": VECTOR, "message": "masked vector", "bytes": 4000}
+    assert list(site.sent[0]) == list(site.sent[1])
+
+
+def test_a_store_is_made_for_the_record_of_a_vector_as_well(site: Site) -> None:
+    record_sent(site.store, "job-7", VECTOR, "masked vector", 4000)
+    assert stat.S_IMODE(site.store.stat().st_mode) == 0o700
+
+
+def test_a_vector_that_cannot_be_written_down_is_told_to_whoever_sends_it(site: Site) -> None:
+    (site.store / SENT_FILE).mkdir(parents=True)
+    with pytest.raises(IsADirectoryError):
+        record_sent(site.store, "job-7", VECTOR, "masked vector", 4000)

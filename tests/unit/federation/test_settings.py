@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
@@ -16,6 +16,7 @@ from fedgestalt.hooks import get_registry
 from fedgestalt.jobs import JOBS, TrainingJob
 from fedgestalt.learning.ensemble import weight_licences
 from fedgestalt.learning.spec import default_ensemble
+from fedgestalt.secagg import Recipient, ThreatModel
 
 SMALL = {"data": "/cohorts/{site}", "store": "/var/{site}/store"}
 
@@ -39,6 +40,9 @@ def test_a_file_with_both_folders_is_enough(local: Path) -> None:
 def test_defaults_are_careful(local: Path) -> None:
     settings = read_settings(write(local, SMALL))
     assert settings.minimum_sites == 3
+    assert settings.minimum_survivors == 3
+    assert settings.threat_model == "malicious"
+    assert settings.identity == "kit"
     assert not settings.evaluation_release
     assert settings.device == "auto"
     assert settings.max_released_rows == 200
@@ -54,6 +58,10 @@ def test_all_settings_are_read(local: Path) -> None:
         "partners": ["bonn", "leuven"],
         "excluded_sites": ["berlin"],
         "minimum_sites": 5,
+        "minimum_survivors": 4,
+        "threat_model": "honest-but-curious",
+        "reveal_aggregate_to": "sites",
+        "identity": "ephemeral",
         "strategies": ["isometry"],
         "weight_licences": ["MIT"],
         "max_released_rows": 10,
@@ -100,6 +108,12 @@ def test_an_unknown_key_names_the_nearest_known_one(local: Path) -> None:
     [
         ("minimum_sites", 2),
         ("minimum_sites", "three"),
+        ("minimum_survivors", 1),
+        ("minimum_survivors", None),
+        ("threat_model", "trusting"),
+        ("threat_model", None),
+        ("reveal_aggregate_to", "nobody"),
+        ("identity", "none"),
         ("max_released_rows", 0),
         ("threads", 0),
         ("device", "tpu"),
@@ -232,6 +246,49 @@ def test_exactly_the_fewest_sites_are_enough() -> None:
     policy(minimum_sites=4).check_roster("bonn", sites)
     with pytest.raises(SiteError, match="with 5 sites or more, the job has 4"):
         policy(minimum_sites=5).check_roster("bonn", sites)
+
+
+def test_by_default_a_site_asks_for_protection_against_a_malicious_server_alone() -> None:
+    policy().check_aggregation(Recipient.SERVER, ThreatModel.MALICIOUS)
+    policy().check_aggregation(Recipient.SITES, ThreatModel.MALICIOUS)
+    with pytest.raises(SiteError) as fault:
+        policy().check_aggregation(Recipient.SITES, ThreatModel.HONEST_BUT_CURIOUS)
+    assert refusal(fault, "threat_model") == (
+        "this site does not trust the server to follow the protocol, the job does"
+        " (honest-but-curious)"
+    )
+
+
+@pytest.mark.parametrize("threat", ThreatModel)
+def test_a_site_that_trusts_the_server_takes_any_job(threat: ThreatModel) -> None:
+    policy(threat_model="honest-but-curious").check_aggregation(Recipient.SERVER, threat)
+
+
+def test_a_site_may_keep_all_sums_from_the_server() -> None:
+    careful = policy(reveal_aggregate_to="sites")
+    careful.check_aggregation(Recipient.SITES, ThreatModel.MALICIOUS)
+    with pytest.raises(SiteError) as fault:
+        careful.check_aggregation(Recipient.SERVER, ThreatModel.MALICIOUS)
+    said = refusal(fault, "reveal_aggregate_to")
+    assert said == "this site lets no server learn the sum of updates"
+
+
+def test_words_of_another_version_protect_nobody() -> None:
+    with pytest.raises(SiteError):
+        policy(reveal_aggregate_to="sites").check_aggregation("everybody", "malicious")
+    with pytest.raises(SiteError):
+        policy().check_aggregation("server", "angelic")
+
+
+def test_the_default_job_is_one_that_a_careful_site_takes() -> None:
+    job = TrainingJob()
+    policy().check_aggregation(job.reveal_aggregate_to, job.threat_model)
+
+
+def test_every_word_of_the_settings_is_one_that_secure_aggregation_knows() -> None:
+    fields = SiteSettings.model_fields
+    assert set(get_args(fields["threat_model"].annotation)) == set(ThreatModel)
+    assert set(get_args(fields["reveal_aggregate_to"].annotation)) == set(Recipient)
 
 
 def test_without_a_list_any_strategy_will_do() -> None:

@@ -29,7 +29,7 @@ class Job:
     def wait(self, seconds: float) -> None:
         self.now += seconds
 
-    def phase(self, name: str = "fgm_update") -> None:
+    def phase(self, name: str = "fgm_train") -> None:
         self.status.begin_phase(name, frozenset(SITES))
 
     def working(self, **fractions: float) -> None:
@@ -96,10 +96,10 @@ def test_a_report_without_a_watch_is_json_too(job: Job) -> None:
 
 
 def test_in_a_phase_all_sites_work_until_they_answer(job: Job) -> None:
-    job.phase("fgm_round")
+    job.phase("fgm_keys")
     job.status.answered("bonn", 3)
     report = job.report
-    assert report["phase"] == "fgm_round"
+    assert report["phase"] == "fgm_keys"
     states = {site: entry["state"] for site, entry in report["sites"].items()}
     assert states == {"berlin": "working", "bonn": "done", "leuven": "working"}
 
@@ -153,6 +153,16 @@ def test_bytes_are_added_up_by_site_and_direction(job: Job) -> None:
 
 def test_a_site_that_got_nothing_yet_has_no_bytes(job: Job) -> None:
     assert job.status.transferred == {}
+
+
+def test_a_vector_counts_as_received_and_is_no_answer(job: Job) -> None:
+    job.phase("fgm_vector")
+    job.status.uploaded("bonn", 4000)
+    assert job.report["sites"]["bonn"]["state"] == "working"
+    job.status.answered("bonn", 40)
+    job.status.uploaded("bonn", 4000)
+    assert job.report["sites"]["bonn"]["received_from"] == 8040
+    assert job.report["sites"]["berlin"]["received_from"] == 0
     assert job.report["sites"]["bonn"]["sent_to"] == 0
 
 

@@ -16,7 +16,7 @@ def report(**changes: Any) -> dict[str, Any]:
     """A report in the middle of round 2 of 5."""
     site = {"what": "scratch", "heard_seconds_ago": 1.0, "sent_to": 1_500_000, "received_from": 0}
     fields = {
-        "phase": "fgm_update",
+        "phase": "fgm_train",
         "round": 2,
         "rounds": 5,
         "seconds_left": 200.0,

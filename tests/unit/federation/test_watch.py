@@ -106,6 +106,26 @@ def test_only_the_sites_that_are_asked_for_are_called_lost(watched: Watched) -> 
     assert watched.watch.lost([]) == {}
 
 
+def test_a_site_is_up_from_its_first_sign_of_life_until_it_has_been_silent_for_too_long(
+    watched: Watched,
+) -> None:
+    assert not watched.watch.is_up("bonn")
+    watched.ask({"bonn": ALIVE})
+    watched.clock.wait(SILENCE_LIMIT)
+    assert watched.watch.is_up("bonn")
+    assert not watched.watch.is_up("berlin")
+    watched.clock.wait(0.1)
+    assert not watched.watch.is_up("bonn")
+    watched.ask({"bonn": ALIVE})
+    assert watched.watch.is_up("bonn")
+
+
+def test_a_site_that_may_still_come_up_is_neither_up_nor_lost(watched: Watched) -> None:
+    watched.clock.wait(START_LIMIT)
+    assert watched.watch.lost(SITES) == {}
+    assert not any(map(watched.watch.is_up, SITES))
+
+
 def test_an_answer_to_a_task_is_a_sign_of_life(watched: Watched) -> None:
     watched.ask({"bonn": ALIVE})
     watched.clock.wait(SILENCE_LIMIT + 1)

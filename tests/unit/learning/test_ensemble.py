@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from fedgestalt.learning.ensemble import (
     Ensemble,
     SharedState,
     build_ensemble,
+    is_classifier,
     read_shared_state,
     shared_state_digest,
     state_digest,
@@ -369,6 +371,65 @@ def test_the_digest_of_a_model_changes_with_its_frozen_parts(index: int, part: s
     members = [*ensemble.members]
     members[index] = renewed
     assert dataclasses.replace(ensemble, members=tuple(members)).digest(shared) != before
+
+
+def test_an_outline_names_states_as_its_ensemble_does() -> None:
+    ensemble = build()
+    shared = read_shared_state(ensemble)
+    outline = ensemble.outline()
+    assert (outline.spec, outline.classes) == (ensemble.spec, 3)
+    for state in (shared, {name: values + 1 for name, values in shared.items()}):
+        assert outline.digest(state) == ensemble.digest(state)
+
+
+def test_an_outline_stays_as_it_is_whatever_the_modules_hold_meanwhile() -> None:
+    ensemble = build()
+    outline, shared = ensemble.outline(), read_shared_state(ensemble)
+    write_shared_state(ensemble, {name: values + 1 for name, values in shared.items()})
+    assert ensemble.outline() == outline
+    assert outline.digest(shared) == ensemble.digest(shared)
+
+
+def test_outlines_of_other_ensembles_are_others() -> None:
+    chosen = build(), build(seed=2), build(member("neck"), member("all", "all"))
+    assert len({made.outline().frozen for made in chosen}) == 3
+    assert len({made.outline().digest({}) for made in chosen}) == 3
+    assert build(classes=4).outline() != build().outline()
+
+
+def test_an_outline_holds_digests_alone() -> None:
+    """It stays in memory while the networks do not."""
+    frozen = build().outline().frozen
+    assert len(frozen) == 4  # three trunks, and the neck of the untouched member
+    assert all(len(digest) == 64 for digest in frozen)
+
+
+@pytest.mark.parametrize("name", ["neck", "head", "trunk"])
+def test_the_classifier_of_a_member_is_its_head_whatever_the_member_is_called(name: str) -> None:
+    shared = read_shared_state(build(member(name, "all"), classes=5))
+    found = {tensor for tensor in shared if is_classifier(tensor)}
+    assert found == {f"{name}/head/1.weight", f"{name}/head/1.bias"}
+    assert {shared[tensor].shape[0] for tensor in found} == {5}
+
+
+def test_the_digest_of_a_state_is_that_of_its_names_shapes_and_bytes() -> None:
+    state = {
+        "b": np.arange(6, dtype=np.float32).reshape(2, 3),
+        "a": np.array(7, np.float32),
+        "c": np.zeros((2, 0), np.float32),
+    }
+    total = hashlib.sha256(b"a|();" + np.float32(7).tobytes())
+    total.update(b"b|(2, 3);" + np.arange(6, dtype="<f4").tobytes() + b"c|(2, 0);")
+    assert shared_state_digest(state) == total.digest()
+
+
+def test_the_digest_of_a_state_does_not_depend_on_its_order_in_memory() -> None:
+    rows = np.arange(6, dtype=np.float32).reshape(2, 3)
+    assert shared_state_digest({"a": np.asfortranarray(rows)}) == shared_state_digest({"a": rows})
+    assert shared_state_digest({"a": rows.astype(">f4")}) == shared_state_digest({"a": rows})
+    wide = np.zeros((2, 6), np.float32)
+    wide[:, ::2] = rows
+    assert shared_state_digest({"a": wide[:, ::2]}) == shared_state_digest({"a": rows})
 
 
 def test_the_digest_of_a_state_sees_names_shapes_and_values() -> None:

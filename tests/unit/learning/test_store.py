@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from fedgestalt import RESEARCH_USE_ONLY
@@ -22,7 +23,7 @@ from fedgestalt.learning.ensemble import (
     read_shared_state,
 )
 from fedgestalt.learning.spec import EnsembleSpec, MemberSpec
-from fedgestalt.learning.store import load_ensemble, save_ensemble
+from fedgestalt.learning.store import load_ensemble, reason_of, save_ensemble
 
 TINY = {"depth": 18, "width": 4, "embedding_size": 8, "input_size": 32}
 MANIFEST, WEIGHTS = "ensemble.json", "weights.safetensors"
@@ -78,6 +79,40 @@ def test_storing_does_not_change_the_modules(
     before = ensemble.start_digest
     save_ensemble(tmp_path / "a", ensemble, trained)
     assert ensemble.start_digest == before
+
+
+def test_an_outline_is_enough_to_store_a_state(
+    tmp_path: Path, ensemble: Ensemble, trained: SharedState, stored: Path
+) -> None:
+    digest = save_ensemble(tmp_path / "other", ensemble.outline(), trained)
+    assert digest == ensemble.digest(trained)
+    for name in (MANIFEST, WEIGHTS):
+        assert (tmp_path / "other" / name).read_bytes() == (stored / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("error", "why"),
+    [
+        (OSError(28, "No space left on device", "/secret/place"), "No space left on device"),
+        (
+            SafetensorError(
+                "Error while serializing: I/O error: No space left on device (os error 28)"
+            ),
+            "No space left on device",
+        ),
+        (
+            SafetensorError(
+                "Error while serializing: I/O error: No such file or directory (os error 2) at path"
+                ' "/secret/place"'
+            ),
+            "No such file or directory",
+        ),
+        (SafetensorError("InvalidHeader"), "InvalidHeader"),
+        (OSError("No such device (os error 19)"), "No such device"),
+    ],
+)
+def test_the_reason_is_what_the_system_said_without_the_place(error: Exception, why: str) -> None:
+    assert reason_of(error) == why
 
 
 def test_the_manifest_says_what_the_model_is_not(stored: Path) -> None:

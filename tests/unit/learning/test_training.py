@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,34 @@ def test_another_seed_or_round_trains_differently(seed: int, round_number: int) 
     one, _ = trainer(ensemble, seed=1).run_round(start, 1)
     other, _ = trainer(ensemble, seed=seed).run_round(start, round_number)
     assert any((one[name] != other[name]).any() for name in one)
+
+
+@pytest.mark.parametrize("trainable", ["neck", "all"])
+def test_a_round_that_was_given_away_before_is_trained_with_other_draws(trainable: str) -> None:
+    ensemble = build(trainable)
+    start = read_shared_state(ensemble)
+    rounds = [trainer(ensemble).run_round(start, 1, repeat=n)[0] for n in (0, 1, 2)]
+    for one, other in itertools.combinations(rounds, 2):
+        assert [name for name in one if "weight" in name and (one[name] == other[name]).all()] == []
+
+
+def test_a_repeat_can_be_repeated_and_draws_what_no_other_round_does() -> None:
+    ensemble = build("neck")
+    start = read_shared_state(ensemble)
+    one, metrics = trainer(ensemble).run_round(start, 1, repeat=2)
+    again, same = trainer(ensemble).run_round(start, 1, repeat=2)
+    assert_equal(one, again)
+    assert metrics == same
+    other, _ = trainer(ensemble).run_round(start, 2, repeat=1)
+    assert any((one[name] != other[name]).any() for name in one)
+
+
+def test_the_first_time_a_round_draws_as_it_always_has() -> None:
+    ensemble = build()
+    start = read_shared_state(ensemble)
+    assert_equal(
+        trainer(ensemble).run_round(start, 1)[0], trainer(ensemble).run_round(start, 1, repeat=0)[0]
+    )
 
 
 def test_every_trained_tensor_changes() -> None:

@@ -1,249 +1,511 @@
-"""The two state machines: masks cancel exactly, and one test per broken rule."""
+"""The order of a session: each method once, on both sides, and nothing after a failure."""
 
 from __future__ import annotations
 
-import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
-from fedgestalt.errors import FedgestaltError, PeerError, ServerError, SiteError
-from fedgestalt.messages import from_site
-from fedgestalt.secagg import (
-    KeyOffer,
-    KeyRoster,
-    MaskedVector,
-    NumberPlan,
-    ServerSession,
-    SessionFacts,
-    SiteSession,
-    TensorPlan,
+from parties import (
+    LENIENT,
+    NAMES,
+    STEPS,
+    Identity,
+    Parties,
+    QuickIdentity,
+    accept,
+    copied,
+    facts_for,
+    pieces_of,
+    plan_for,
+    refused,
 )
 
-NAMES = tuple(f"site-{i:02d}" for i in range(16))
+from fedgestalt.errors import PeerError, ServerError, SiteError
+from fedgestalt.secagg import (
+    AES,
+    CHACHA20,
+    Endorsement,
+    Endorsements,
+    KeyList,
+    KeyOffer,
+    Recipient,
+    ShareOffer,
+    SiteSession,
+    Survivors,
+    UnmaskShares,
+    Words,
+)
+
+A, B, C = NAMES[:3]
+OUT_OF_ORDER = (
+    "site-00: a message of the session came twice or out of order; nothing more was sent;"
+    " the job must begin a new round."
+)
+
+# --- a site --------------------------------------------------------------------------------------
+
+METHODS = ("offer_keys", "share", "receive", "mask", "endorse", "unmask", "unveil")
 
 
-def facts_for(sites: int = 3, size: int = 1000, **changes) -> SessionFacts:
-    plan = NumberPlan(sites, 50, (TensorPlan("w", (size,), 0),))
-    facts = SessionFacts("job", 1, 1, bytes(32), plan, NAMES[:sites])
-    return dataclasses.replace(facts, **changes)
+@functools.cache
+def history() -> tuple[list[SiteSession], list[tuple[Any, ...]]]:
+    """The first site's session before each of its methods and at the end, and what they are given.
 
-
-def vectors_for(facts: SessionFacts, seed: int = 0) -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(seed)
-    return {
-        site: facts.plan.encode(
-            {"w": rng.uniform(-1, 1, facts.plan.tensors[0].shape).astype(np.float32)},
-            int(rng.integers(1, 51)),
+    Whoever uses these must copy them.
+    """
+    parties = Parties(facts_for(3, recipient=Recipient.SITES), identity=QuickIdentity)
+    given: list[tuple[Any, ...]] = []
+    states = []
+    for method, step in zip(METHODS, STEPS[:4] + STEPS[5:], strict=False):
+        states.append(copied(parties.sites[A]))
+        given.append(
+            {
+                "offer_keys": lambda: (),
+                "share": lambda: (parties.server.key_list(),),
+                "receive": lambda: (parties.server.delivery(A),),
+                "mask": lambda: (parties.plain[A],),
+                "endorse": lambda: (Survivors(parties.facts.digest, NAMES[:3]),),
+                "unmask": lambda: (parties.server.endorsements(),),
+            }[method]()
         )
-        for site in facts.roster
+        step(parties)
+        if method == "mask":
+            parties.upload()
+    states.append(copied(parties.sites[A]))
+    given.append((parties.server.total(), NAMES[:3]))
+    parties.sites[A].unveil(*copied_arrays(given[-1]))
+    return [*states, parties.sites[A]], given
+
+
+def copied_arrays(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(a.copy() if isinstance(a, np.ndarray) else a for a in arguments)
+
+
+def call(session: SiteSession, method: str) -> object:
+    """Call a method with what it is given in an honest session."""
+    return getattr(session, method)(*copied_arrays(history()[1][METHODS.index(method)]))
+
+
+def reached(done: int) -> SiteSession:
+    """The session after its first ``done`` methods."""
+    return copied(history()[0][done])
+
+
+def may_follow(done: int, method: str) -> bool:
+    unveils = method == "unveil" and METHODS.index("mask") < done < len(METHODS)
+    return unveils or METHODS[done : done + 1] == (method,)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("done", range(len(METHODS) + 1))
+def test_a_sites_methods_follow_each_other_in_one_order(done: int, method: str) -> None:
+    session = reached(done)
+    if may_follow(done, method):
+        call(session, method)
+        return
+    with refused(ServerError, OUT_OF_ORDER):
+        call(session, method)
+
+
+@pytest.mark.parametrize("method", METHODS[:-1])
+@pytest.mark.parametrize("done", range(len(METHODS)))
+def test_a_site_does_nothing_more_after_a_call_out_of_order(done: int, method: str) -> None:
+    session = reached(done)
+    if may_follow(done, method):
+        return
+    with refused(ServerError, OUT_OF_ORDER):
+        call(session, method)
+    for every in METHODS:
+        with refused(ServerError, OUT_OF_ORDER):
+            call(session, every)
+
+
+class Unsteady(Identity):
+    """A certificate whose key cannot be used."""
+
+    def sign(self, statement: bytes) -> bytes:
+        raise SiteError("the key is gone")
+
+
+def wrong_keys(session: SiteSession) -> None:
+    session.share(KeyList({}))
+
+
+def wrong_delivery(session: SiteSession) -> None:
+    delivery = history()[1][METHODS.index("receive")][0]
+    session.receive(replace(delivery, boxes={**delivery.boxes, B: bytes(1300)}))
+
+
+def read_only(session: SiteSession) -> None:
+    words = history()[1][METHODS.index("mask")][0].copy()
+    words.flags.writeable = False
+    session.mask(words)
+
+
+def wrong_survivors(session: SiteSession) -> None:
+    session.endorse(Survivors(bytes(32), NAMES[:3]))
+
+
+def wrong_endorsements(session: SiteSession) -> None:
+    digest = history()[1][METHODS.index("endorse")][0].session
+    session.unmask(Endorsements(digest, NAMES[:3], {}))
+
+
+def no_signature(session: SiteSession) -> None:
+    session._signer = Unsteady(A)
+    session.offer_keys()
+
+
+@pytest.mark.parametrize(
+    ("done", "fails"),
+    list(
+        enumerate(
+            [
+                no_signature,
+                wrong_keys,
+                wrong_delivery,
+                read_only,
+                wrong_survivors,
+                wrong_endorsements,
+            ]
+        )
+    ),
+    ids=METHODS[:-1],
+)
+def test_a_site_does_nothing_more_after_a_failure(
+    done: int, fails: Callable[[SiteSession], None]
+) -> None:
+    session = reached(done)
+    with pytest.raises((ServerError, SiteError, ValueError)):
+        fails(session)
+    for method in METHODS:
+        with refused(ServerError, OUT_OF_ORDER):
+            call(session, method)
+
+
+def test_a_site_that_signed_no_survivors_unmasks_none() -> None:
+    session = reached(METHODS.index("endorse"))
+    digest = session._facts.digest
+    with refused(ServerError, OUT_OF_ORDER):
+        session.unmask(Endorsements(digest, (), {}))
+
+
+@pytest.mark.parametrize(
+    "words", [np.zeros(78, np.uint32), np.zeros((79, 1), np.uint32), np.zeros(79, np.int32)]
+)
+def test_a_vector_that_does_not_fit_the_plan_costs_nothing(words: Words) -> None:
+    session = reached(METHODS.index("mask"))
+    with refused(SiteError, "site-00: the vector does not fit the number plan."):
+        session.mask(words)
+    assert not words.any()
+    call(session, "mask")
+
+
+def test_a_site_forgets_its_secrets_when_it_needs_them_no_more() -> None:
+    session = reached(METHODS.index("mask"))
+    assert not session._root
+    assert not session._seed
+    assert not session._kem_secrets
+    call(session, "mask")
+    assert not session._streams
+    session = reached(len(METHODS))
+    assert not session._held
+    assert not session._common
+
+
+# --- the server ----------------------------------------------------------------------------------
+
+
+@functools.cache
+def honest() -> tuple[list[Parties], dict[type, Any]]:
+    """A session before each of its steps and at its end, and what the first site sends in it."""
+    sent: dict[type, Any] = {}
+    parties = Parties(facts_for(3, 2), identity=QuickIdentity)
+
+    def wire(kind: type, site: str, fields: dict[str, Any]) -> object:
+        if site == A:
+            sent[kind] = kind.from_fields(fields, ServerError)
+        return fields
+
+    parties.wire, direct = wire, parties.wire
+    states = [parties.copy()]
+    for step in STEPS:
+        step(parties)
+        states.append(parties.copy())
+    for state in states:
+        state.wire = direct
+    return states, sent
+
+
+def before(step: Callable[..., None]) -> Parties:
+    return honest()[0][STEPS.index(step)].copy()
+
+
+def calls(parties: Parties) -> dict[str, Callable[[], object]]:
+    """Everything that can be asked of the server, as the first site would send it."""
+    server, sent = parties.server, honest()[1]
+    words = honest()[0][-1].masked[A]
+    return {
+        **{
+            f"accept {kind.__name__}": functools.partial(accept, server, A, sent[kind])
+            for kind in (KeyOffer, ShareOffer, Endorsement, UnmaskShares)
+        },
+        "accept vector": lambda: server.accept_vector(A, pieces_of(words), words.size),
+        "key_list": server.key_list,
+        "delivery": lambda: server.delivery(A),
+        "close": server.close,
+        "endorsements": server.endorsements,
+        "total": server.total,
     }
 
 
-def opened(facts: SessionFacts) -> tuple[ServerSession, dict[str, SiteSession], KeyRoster]:
-    server, sites = ServerSession(facts), {s: SiteSession(s, facts) for s in facts.roster}
-    for site, session in sites.items():
-        server.accept_key(site, session.offer_key())
-    return server, sites, server.key_roster()
+NO_KEYS, NO_SHARES = "no keys from site-00, site-01, site-02.", "no shares from site-00, site-01, "
+SIGNED, SENT = "0 of 3 sites have signed the survivors, 2 are", "0 of 3 sites have sent their sha"
+NOT_CLOSED = "it is not among the survivors of this session."
+NONE_CAME = "0 of 3 sites have sent their vectors, 2 are needed: the sum stays closed; begin a new"
+AGAIN = "it has already sent this message."
+
+EARLY_OR_TWICE: dict[Callable[..., None], dict[str, str]] = {
+    Parties.offer_keys: {
+        "key_list": NO_KEYS,
+        "accept ShareOffer": NO_KEYS,
+        "delivery": NO_SHARES,
+        "accept vector": NO_SHARES,
+        "close": NONE_CAME,
+        "accept Endorsement": NOT_CLOSED,
+        "endorsements": SIGNED,
+        "accept UnmaskShares": NOT_CLOSED,
+        "total": SENT,
+    },
+    Parties.share: {
+        "accept KeyOffer": AGAIN,
+        "delivery": NO_SHARES,
+        "accept vector": NO_SHARES,
+        "close": NONE_CAME,
+        "accept Endorsement": NOT_CLOSED,
+        "endorsements": SIGNED,
+        "accept UnmaskShares": NOT_CLOSED,
+        "total": SENT,
+    },
+    Parties.upload: {
+        "accept KeyOffer": AGAIN,
+        "accept ShareOffer": AGAIN,
+        "close": NONE_CAME,
+        "accept Endorsement": NOT_CLOSED,
+        "endorsements": SIGNED,
+        "accept UnmaskShares": NOT_CLOSED,
+        "total": SENT,
+    },
+    Parties.endorse: {
+        "accept KeyOffer": AGAIN,
+        "accept ShareOffer": AGAIN,
+        "accept vector": AGAIN,
+        "accept Endorsement": NOT_CLOSED,
+        "endorsements": SIGNED,
+        "accept UnmaskShares": NOT_CLOSED,
+        "total": SENT,
+    },
+    Parties.unmask: {
+        "accept KeyOffer": AGAIN,
+        "accept ShareOffer": AGAIN,
+        "accept vector": AGAIN,
+        "accept Endorsement": AGAIN,
+        "total": SENT,
+    },
+}
 
 
-@pytest.mark.parametrize("count", [3, 4, 8, 16])
-def test_masks_cancel_and_the_aggregate_is_that_of_the_plain_words(count: int) -> None:
-    facts = facts_for(count)
-    server, sites, keys = opened(facts)
-    vectors = vectors_for(facts)
-    for site, session in sites.items():
-        masked = session.mask(keys, vectors[site])
-        assert not np.array_equal(masked.words, vectors[site])
-        server.accept_vector(site, masked)
-    total = np.add.reduce(list(vectors.values()), dtype=np.uint32)
-    plain, summed = facts.plan.decode(total), server.aggregate()
-    assert np.array_equal(plain.mean["w"], summed.mean["w"])
-    assert (plain.weight, plain.clipped) == (summed.weight, summed.clipped)
+def rows() -> Iterator[Any]:
+    for step, refusals in EARLY_OR_TWICE.items():
+        for what, says in refusals.items():
+            yield pytest.param(step, what, says, id=f"{what} before {step.__name__}")
 
 
-@settings(max_examples=30, deadline=None)
-@given(st.integers(3, 9), st.integers(1, 400), st.integers(0, 2**32))
-def test_masking_and_summing_is_the_identity_on_the_sum(n: int, size: int, seed: int) -> None:
-    facts = facts_for(n, size)
-    _, sites, keys = opened(facts)
-    vectors = vectors_for(facts, seed)
-    total = np.zeros(facts.plan.words, np.uint32)
-    for site, session in sites.items():
-        total += session.mask(keys, vectors[site]).words
-    assert np.array_equal(total, np.add.reduce(list(vectors.values()), dtype=np.uint32))
+@pytest.mark.parametrize(("step", "what", "says"), list(rows()))
+def test_the_server_refuses_what_comes_too_early_or_twice(
+    step: Callable[..., None], what: str, says: str
+) -> None:
+    parties = before(step)
+    by_site = says in (AGAIN, NOT_CLOSED)
+    kind, culprit = (PeerError, A) if by_site else (ServerError, "")
+    with refused(kind, says, by=culprit):
+        calls(parties)[what]()
+    if what != "close":
+        assert np.array_equal(finished(parties, step), parties.sum_of(NAMES[:3]))
 
 
-def test_masked_vectors_of_zeros_look_random_and_differ_between_sessions() -> None:
-    facts = facts_for(3, 100_000)
-    zeros = np.zeros(facts.plan.words, np.uint32)
-    seen = []
-    for _ in range(2):
-        _, sites, keys = opened(facts)
-        seen.append(sites[NAMES[0]].mask(keys, zeros).words)
-    for words in seen:
-        bits = np.unpackbits(words.view(np.uint8)).mean()
-        assert abs(bits - 0.5) < 6 * 0.5 / np.sqrt(32 * words.size)
-        assert len(np.unique(words)) > 0.99 * words.size
-    assert (seen[0] == seen[1]).sum() < 10
+def finished(parties: Parties, step: Callable[..., None]) -> Words:
+    """Go on to the sum from before a step."""
+    for each in STEPS[STEPS.index(step) :]:
+        each(parties)
+    return parties.server.total()
 
 
-def test_a_sum_without_one_site_is_not_the_others_sum() -> None:
+@pytest.mark.parametrize("step", EARLY_OR_TWICE)
+def test_everything_else_is_in_order(step: Callable[..., None]) -> None:
+    for what in calls(before(step)).keys() - EARLY_OR_TWICE[step].keys():
+        calls(before(step))[what]()
+
+
+def test_after_the_sum_the_server_takes_nothing_more() -> None:
+    parties = honest()[0][-1].copy()
+    opened = parties.server.total().copy()
+    assert np.array_equal(opened, parties.sum_of(NAMES[:3]))
+    for kind in (KeyOffer, ShareOffer, Endorsement, UnmaskShares):
+        with refused(PeerError, AGAIN, by=A):
+            calls(parties)[f"accept {kind.__name__}"]()
+    with refused(PeerError, AGAIN, by=A):
+        calls(parties)["accept vector"]()
+    for what in ("total", "close"):
+        with refused(ServerError, "session: the sum was opened before; begin a new round."):
+            calls(parties)[what]()
+
+
+def test_survivors_stay_who_they_are() -> None:
+    parties = before(Parties.endorse)
+    assert parties.server.arrived == set(NAMES[:3])
+    assert parties.server.close() == parties.server.close()
+
+
+def test_a_vector_that_comes_after_the_sum_was_closed_is_not_in_it() -> None:
+    parties = before(Parties.upload)
+    parties.upload(without=[C])
+    parties.server.close()
+    words = parties.masked[C]
+    with refused(PeerError, "site 'site-02': its vector came after the sum was closed.", by=C):
+        parties.server.accept_vector(C, [words], words.size)
+    parties.endorse()
+    parties.unmask()
+    assert np.array_equal(parties.server.total(), parties.sum_of((A, B)))
+
+
+def test_a_site_that_is_lost_signs_and_opens_nothing() -> None:
+    parties = before(Parties.upload)
+    parties.upload(without=[A])
+    parties.endorse()
+    for kind in (Endorsement, UnmaskShares):
+        with refused(PeerError, NOT_CLOSED, by=A):
+            calls(parties)[f"accept {kind.__name__}"]()
+
+
+@pytest.mark.parametrize("kind", [KeyOffer, ShareOffer, Endorsement, UnmaskShares])
+def test_a_wrong_message_does_not_keep_the_right_one_out(kind: type) -> None:
+    step = {
+        KeyOffer: Parties.offer_keys,
+        ShareOffer: Parties.share,
+        Endorsement: Parties.endorse,
+        UnmaskShares: Parties.unmask,
+    }[kind]
+    parties = before(step)
+    right = honest()[1][kind]
+    if kind is Endorsement:
+        parties.server.close()
+    with refused(PeerError, "it sees another session", by=A):
+        accept(parties.server, A, replace(right, session=bytes(32)))
+    accept(parties.server, A, right)
+
+
+# --- the pieces of a vector ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [0, 78, 80, 2**40])
+def test_a_vector_of_another_size_leaves_the_sum_as_it_was(size: int) -> None:
+    parties = before(Parties.upload)
+    with refused(PeerError, f"its vector has {size} words, the plan 79.", by=A):
+        parties.server.accept_vector(A, iter([]), size)
+    assert np.array_equal(finished(parties, Parties.upload), parties.sum_of(NAMES[:3]))
+
+
+def broken_off() -> Iterator[Words]:
+    yield np.ones(40, np.uint32)
+    raise ConnectionError
+
+
+PIECES: dict[str, Callable[[], Any]] = {
+    "none": list,
+    "too few": lambda: [np.ones(78, np.uint32)],
+    "one too many": lambda: [np.ones(79, np.uint32), np.ones(1, np.uint32)],
+    "one too long": lambda: [np.ones(40, np.uint32), np.ones(40, np.uint32)],
+    "signed": lambda: [np.ones(79, np.int32)],
+    "floats": lambda: [np.ones(79, np.float32)],
+    "of the other byte order": lambda: [np.ones(79, np.dtype(np.uint32).newbyteorder())],
+    "of two axes": lambda: [np.ones((1, 79), np.uint32)],
+    "standing": lambda: [np.ones((79, 1), np.uint32)],
+    "a number": lambda: [np.ones((), np.uint32)],
+    "broken off": broken_off,
+}
+
+
+@pytest.mark.parametrize("pieces", PIECES)
+def test_a_vector_that_was_added_in_part_ends_the_session(pieces: str) -> None:
+    parties = before(Parties.upload)
+    parties.upload(without=[B, C])
+    says = "session: the vector of site 'site-01' was added in part; begin a new round."
+    with pytest.raises((ServerError, ConnectionError)) as caught:
+        parties.server.accept_vector(B, PIECES[pieces](), 79)
+    assert str(caught.value) in (says, "")
+    assert parties.server.arrived == {A}
+    words = parties.masked[C]
+    for again in (
+        lambda: parties.server.accept_vector(B, [parties.masked[B]], 79),
+        lambda: parties.server.accept_vector(C, [words], words.size),
+        parties.server.close,
+        parties.server.total,
+    ):
+        with refused(ServerError, says):
+            again()
+
+
+@pytest.mark.parametrize("size", [1, 2, 31, 78, 79, 1000])
+def test_a_vector_may_come_in_pieces_of_any_size(size: int) -> None:
+    parties = before(Parties.upload)
+    for site, words in parties.masked.items():
+        parties.server.accept_vector(site, iter([words[:0], *pieces_of(words, size)]), 79)
+    parties.endorse()
+    parties.unmask()
+    assert np.array_equal(parties.server.total(), parties.sum_of(NAMES[:3]))
+
+
+# --- what all agree on ---------------------------------------------------------------------------
+
+
+def test_all_parties_agree_on_one_digest_of_what_was_said() -> None:
+    parties = honest()[0][-1]
+    assert len(parties.server.agreement) == 32
+    assert {session.agreement for session in parties.sites.values()} == {parties.server.agreement}
+
+
+def test_facts_that_differ_in_anything_have_different_digests() -> None:
     facts = facts_for(4)
-    _, sites, keys = opened(facts)
-    vectors = vectors_for(facts)
-    masked = [sites[s].mask(keys, vectors[s]).words for s in facts.roster[:3]]
-    partial = np.add.reduce(masked, dtype=np.uint32)
-    plain = np.add.reduce([vectors[s] for s in facts.roster[:3]], dtype=np.uint32)
-    assert (partial == plain).mean() < 0.01
+    names = dict(zip(("a", "b", "c", "de"), facts.roster.values(), strict=True))
+    others = [
+        replace(facts, job="jo"),
+        replace(facts, round=2),
+        replace(facts, attempt=2),
+        replace(facts, round=2, attempt=2),
+        replace(facts, model_digest=b"\1" * 32),
+        replace(facts, plan=plan_for(4, 80)),
+        replace(facts, threshold=4),
+        replace(facts, recipient=Recipient.SITES),
+        replace(facts, cipher=CHACHA20),
+        replace(facts, roster=dict(list(facts.roster.items())[:3])),
+        replace(facts, roster={**facts.roster, A: bytes(32)}),
+        replace(facts, roster=names),
+    ]
+    assert len({each.digest for each in (facts, *others)}) == 1 + len(others)
+    backwards = dict(reversed(facts.roster.items()))
+    assert replace(facts, roster=backwards).digest == facts.digest
+    assert facts.cipher == AES
 
 
-def test_a_site_refuses_a_roster_that_is_smaller_than_its_policy_allows() -> None:
-    facts = facts_for(2)
-    with pytest.raises(SiteError, match="2 sites take part, this site's policy asks for 3"):
-        SiteSession(NAMES[0], facts)
-    with pytest.raises(SiteError, match="asks for 5"):
-        SiteSession(NAMES[0], facts_for(4), minimum_sites=5)
-
-
-@pytest.mark.parametrize(
-    "roster", [("site-00", "site-00", "site-01"), ("site-02", "site-01", "site-00"), NAMES[1:4]]
-)
-def test_a_site_refuses_a_roster_that_repeats_is_unsorted_or_lacks_it(roster) -> None:
-    with pytest.raises(ServerError, match="roster"):
-        SiteSession(NAMES[0], facts_for(3, roster=roster))
-
-
-def test_a_site_refuses_a_plan_for_another_number_of_sites() -> None:
-    with pytest.raises(ServerError, match="plan is for 3 sites, the roster has 4"):
-        SiteSession(NAMES[0], facts_for(3, roster=NAMES[:4]))
-
-
-def test_a_session_masks_one_vector_only() -> None:
-    facts = facts_for()
-    _, sites, keys = opened(facts)
-    vector = vectors_for(facts)[NAMES[0]]
-    sites[NAMES[0]].mask(keys, vector)
-    with pytest.raises(SiteError, match="already masked"):
-        sites[NAMES[0]].mask(keys, vector)
-
-
-def test_a_site_refuses_keys_of_another_roster_its_own_altered_key_and_twin_keys() -> None:
-    facts = facts_for()
-    _, sites, keys = opened(facts)
-    vector = vectors_for(facts)[NAMES[0]]
-    given = dict(keys.public_keys)
-    for changed, match in (
-        ({**given, "intruder": bytes(32)}, "not those of the agreed roster"),
-        ({k: v for k, v in given.items() if k != NAMES[1]}, "not those of the agreed roster"),
-        ({**given, NAMES[0]: bytes(range(32))}, "came back altered"),
-        ({**given, NAMES[1]: given[NAMES[2]]}, "same key"),
-    ):
-        with pytest.raises(ServerError, match=match):
-            sites[NAMES[0]].mask(KeyRoster(changed), vector)
-
-
-def test_a_degenerate_key_is_the_peers_fault() -> None:
-    facts = facts_for()
-    _, sites, keys = opened(facts)
-    weak = KeyRoster({**keys.public_keys, NAMES[1]: bytes(32)})
-    with pytest.raises(PeerError, match="degenerate") as caught:
-        sites[NAMES[0]].mask(weak, vectors_for(facts)[NAMES[0]])
-    assert caught.value.site == NAMES[1]
-
-
-def test_a_vector_that_does_not_fit_the_plan_is_not_masked() -> None:
-    facts = facts_for()
-    _, sites, keys = opened(facts)
-    with pytest.raises(SiteError, match="does not fit"):
-        sites[NAMES[0]].mask(keys, np.zeros(3, np.uint32))
-
-
-def test_the_server_gives_no_roster_or_sum_before_everybody_has_sent() -> None:
-    facts = facts_for()
-    server = ServerSession(facts)
-    server.accept_key(NAMES[0], SiteSession(NAMES[0], facts).offer_key())
-    with pytest.raises(ServerError, match="no key from site-01, site-02"):
-        server.key_roster()
-    with pytest.raises(ServerError, match="no vector from site-00, site-01, site-02"):
-        server.aggregate()
-
-
-def test_the_server_refuses_strangers_repeats_other_sessions_and_copied_keys() -> None:
-    facts = facts_for()
-    server = ServerSession(facts)
-    offer = SiteSession(NAMES[0], facts).offer_key()
-    with pytest.raises(PeerError, match="not in the roster"):
-        server.accept_key("stranger", offer)
-    server.accept_key(NAMES[0], offer)
-    with pytest.raises(PeerError, match="already sent"):
-        server.accept_key(NAMES[0], offer)
-    with pytest.raises(PeerError, match="equals another site's"):
-        server.accept_key(NAMES[1], offer)
-    with pytest.raises(PeerError, match="another session"):
-        server.accept_key(NAMES[1], KeyOffer(bytes(32), bytes(range(32))))
-
-
-def test_a_refused_vector_leaves_the_sum_as_it_was() -> None:
-    facts = facts_for()
-    server, sites, keys = opened(facts)
-    vectors = vectors_for(facts)
-    masked = {s: sites[s].mask(keys, vectors[s]) for s in facts.roster}
-    server.accept_vector(NAMES[0], masked[NAMES[0]])
-    for site, vector in (
-        (NAMES[0], masked[NAMES[0]]),
-        (NAMES[1], dataclasses.replace(masked[NAMES[1]], session=bytes(32))),
-        (NAMES[1], dataclasses.replace(masked[NAMES[1]], words=masked[NAMES[1]].words[:-1])),
-        ("stranger", masked[NAMES[1]]),
-    ):
-        with pytest.raises(PeerError) as caught:
-            server.accept_vector(site, vector)
-        assert caught.value.site == site
-    for site in facts.roster[1:]:
-        server.accept_vector(site, masked[site])
-    total = np.add.reduce(list(vectors.values()), dtype=np.uint32)
-    assert np.array_equal(server.aggregate().mean["w"], facts.plan.decode(total).mean["w"])
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"job": "other"},
-        {"attempt": 2},
-        {"round": 2},
-        {"model_digest": b"\1" * 32},
-        {"roster": NAMES[1:4]},
-        {"plan": NumberPlan(3, 51, (TensorPlan("w", (1000,), 0),))},
-    ],
-)
-def test_sites_that_were_told_different_things_have_different_sessions(change) -> None:
-    assert facts_for().digest != facts_for(**change).digest
-
-
-@settings(max_examples=300, deadline=None)
-@given(st.data())
-def test_mutated_messages_are_refused_in_their_senders_name(data) -> None:
-    facts = facts_for(3, 4)
-    server, sites, keys = opened(facts)
-    message = sites[NAMES[0]].mask(keys, vectors_for(facts)[NAMES[0]])
-    fields = message.to_fields()
-    junk = st.one_of(
-        st.none(),
-        st.integers(),
-        st.binary(max_size=40),
-        st.text(max_size=5),
-        st.just(np.zeros(2, np.float64)),
-        st.just(np.zeros((2, 2), np.uint32)),
-    )
-    key = data.draw(st.sampled_from([*fields, "extra"]))
-    if data.draw(st.booleans()) and key in fields:
-        del fields[key]
-    else:
-        fields[key] = data.draw(junk)
-    with pytest.raises(FedgestaltError) as caught:
-        vector = MaskedVector.from_fields(fields, from_site(NAMES[0]))
-        server.accept_vector(NAMES[0], vector)
-    assert isinstance(caught.value, PeerError)
-    assert caught.value.site == NAMES[0]
+def test_sites_are_numbered_by_their_names() -> None:
+    facts = facts_for(("zürich", "bonn", "ulm"))
+    assert facts.sites == ("bonn", "ulm", "zürich")
+    parties = Parties(facts, policy=LENIENT).until(Parties.endorse)
+    parties.endorse()
+    parties.unmask()
+    assert np.array_equal(parties.server.total(), parties.sum_of(facts.sites))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,6 +18,12 @@ from nvflare.apis.signal import Signal
 
 from fedgestalt.cohort import Cohort, read_cohort
 from fedgestalt.errors import FedgestaltError, SiteError
+from fedgestalt.federation.job.identity import (
+    Identity,
+    Trust,
+    ephemeral_identity,
+    kit_identity,
+)
 from fedgestalt.federation.job.places import place_of
 from fedgestalt.federation.job.progress import ProgressLog
 from fedgestalt.federation.job.watch import PING
@@ -42,6 +49,7 @@ class SiteExecutor(Executor):
         self.progress: ProgressLog | None = None
         self._settings: SiteSettings | None = None
         self._cohort: Cohort | None = None
+        self._call: tuple[FLContext, Signal] | None = None
 
     def handlers(self) -> Mapping[str, Handler]:
         """Functions that turn a task's unchecked fields into a reply, by task name."""
@@ -72,6 +80,7 @@ class SiteExecutor(Executor):
             handler = self.handlers().get(task_name)
             if handler is None:
                 raise SiteError(f"it knows no task {task_name!r}", remedy="check its version")
+            self._call = fl_ctx, abort_signal
             reply = handler(body(shareable))
         except FedgestaltError as error:
             self.log_error(fl_ctx, str(error))
@@ -90,6 +99,13 @@ class SiteExecutor(Executor):
             return make_reply(ReturnCode.TASK_ABORTED)
         return to_shareable(reply)
 
+    @property
+    def call(self) -> tuple[FLContext, Signal]:
+        """FLARE's context and abort signal of the task that runs now."""
+        if self._call is None:
+            raise SiteError("no task has started yet")
+        return self._call
+
     def _begin(self, fl_ctx: FLContext) -> None:
         workspace = fl_ctx.get_prop(FLContextKey.WORKSPACE_OBJECT)
         workspace = workspace or fl_ctx.get_engine().get_workspace()
@@ -106,6 +122,7 @@ class SiteExecutor(Executor):
             raise SiteError("its store cannot be written")
         if settings.threads:
             torch.set_num_threads(settings.threads)
+        self._startup = Path(workspace.get_startup_kit_dir())
         self._settings = settings
 
     def counter(self, what: str) -> Callable[[int, int], None]:
@@ -113,6 +130,24 @@ class SiteExecutor(Executor):
         if self.progress is None:
             raise SiteError("no task has started yet")
         return self.progress.counter(what)
+
+    @functools.cached_property
+    def identity(self) -> Identity:
+        """Who this site is to its peers: its startup kit's certificate, as its settings say.
+
+        Raises:
+            SiteError: the kit has none that can be used.
+        """
+        if self.settings.identity == "ephemeral":
+            return ephemeral_identity(self.site)
+        return kit_identity(self._startup)
+
+    @functools.cached_property
+    def trust(self) -> Trust:
+        """Whose certificates this site believes."""
+        if self.settings.identity == "ephemeral":
+            return Trust.of_anybody()
+        return Trust.from_kit(self._startup)
 
     @property
     def settings(self) -> SiteSettings:

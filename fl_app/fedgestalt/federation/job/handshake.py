@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Final
 import fedgestalt
 from fedgestalt.errors import ConfigError
 from fedgestalt.hooks.registry import Entry, code_digest
-from fedgestalt.messages import Message, integer, texts_by_name
+from fedgestalt.messages import Message, integer, octets, texts_by_name, word
 
 SERVER: Final = "the server"
 MAXIMUM_CLOCK_SKEW_SECONDS: Final = 120
@@ -37,16 +37,25 @@ _SHOWN, _DIGEST = 12, 64
 
 @dataclass(frozen=True)
 class Present(Message):
-    """Site to server: what this site would work with, and its clock in milliseconds since 1970."""
+    """Site to server: what this site would work with.
 
-    schema: ClassVar[str] = "fedgestalt.present/1"
+    Attributes:
+        facts: compared with everybody's.
+        clock: milliseconds since 1970.
+        certificate: the site's, PEM; empty where the job has no use for it.
+        cipher: the mask stream that this machine makes fastest; empty likewise.
+    """
+
+    schema: ClassVar[str] = "fedgestalt.present/2"
     facts: Mapping[str, str] = texts_by_name()
     clock: int = integer(0, 2**62)
+    certificate: bytes = octets(0, 1 << 14)
+    cipher: str = word(40)
 
 
-def present(facts: Mapping[str, str]) -> Present:
+def present(facts: Mapping[str, str], certificate: bytes = b"", cipher: str = "") -> Present:
     """A site's reply, as of now."""
-    return Present(dict(facts), int(time.time() * 1000))
+    return Present(dict(facts), int(time.time() * 1000), certificate, cipher)
 
 
 def versions(plugins: Iterable[Entry[Any]]) -> dict[str, str]:

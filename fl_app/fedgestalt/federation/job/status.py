@@ -45,6 +45,11 @@ class JobStatus:
         with self._lock:
             self._sent[site] = self._sent.get(site, 0) + sent_bytes
 
+    def uploaded(self, site: str, received_bytes: int) -> None:
+        """A site has sent a vector, beside its answers."""
+        with self._lock:
+            self._received[site] = self._received.get(site, 0) + received_bytes
+
     def begin_round(self, number: int) -> None:
         """A round has begun."""
         with self._lock:

@@ -125,6 +125,12 @@ class SiteWatch:
                     )
         return found
 
+    def is_up(self, site: str) -> bool:
+        """Whether ``site`` has given a sign of life, and not too long ago."""
+        with self._lock:
+            last = self._heard.get(site)
+        return last is not None and self._clock() - last <= self._silence_limit
+
     @property
     def places(self) -> dict[str, str]:
         """Where the sites' job processes run, as far as they have said; see :mod:`.places`."""

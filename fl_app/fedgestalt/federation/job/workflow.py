@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,7 +23,7 @@ from nvflare.apis.signal import Signal
 from nvflare.widgets.info_collector import GroupInfoCollector, InfoCollector
 
 import fedgestalt
-from fedgestalt.errors import FedgestaltError, PeerError, ServerError
+from fedgestalt.errors import FedgestaltError, PeerError, SiteLostError
 from fedgestalt.federation.job.handshake import Present, check_agreement, clock_warnings
 from fedgestalt.federation.job.places import PLACES_FILE, compare_places
 from fedgestalt.federation.job.progress import ProgressLog, write_outcome
@@ -189,8 +189,11 @@ class PhasedWorkflow(Controller):
         own_facts: Callable[[Mapping[str, Present]], Mapping[str, str]],
         abort_signal: Signal,
         fl_ctx: FLContext,
+        sites: Collection[str] | None = None,
     ) -> dict[str, Present]:
         """The handshake: every site says what it would work with, or why it does not take part.
+
+        A site that is lost is left out, if the job :meth:`goes_on_without` it.
 
         Args:
             task_name: of the handshake.
@@ -198,6 +201,7 @@ class PhasedWorkflow(Controller):
             own_facts: gives the server's facts, from the sites' ones.
             abort_signal: FLARE's.
             fl_ctx: FLARE's.
+            sites: whom to ask; the whole roster if not given.
 
         Raises:
             ConfigError: names all differences and refusals, site by site.
@@ -209,12 +213,23 @@ class PhasedWorkflow(Controller):
             received[site] = time.time()
             stated[site] = Present.from_fields(fields, from_site(site))
 
-        refusals = self._gather(task_name, message, on_reply, abort_signal, fl_ctx, patient=True)
-        said = {site: _without_name(error, site) for site, error in refusals.items()}
+        refusals = self._gather(
+            task_name, message, on_reply, abort_signal, fl_ctx, collect=FedgestaltError, sites=sites
+        )
+        lost = {site: error for site, error in refusals.items() if isinstance(error, SiteLostError)}
+        if not self.goes_on_without(lost):
+            lost = {}
+        for error in lost.values():
+            self.status.warn(str(error))
+        said = {s: _without_name(e, s) for s, e in refusals.items() if s not in lost}
         check_agreement(own_facts(stated) if stated else {}, stated, said)
         for warning in clock_warnings(stated, received):
             self.status.warn(warning)
         return stated
+
+    def goes_on_without(self, lost: Collection[str]) -> bool:
+        """Whether the job may begin, or go on, while these sites are lost."""
+        return not lost
 
     def gather(
         self,
@@ -237,9 +252,47 @@ class PhasedWorkflow(Controller):
             FedgestaltError: a site failed, sent something wrong, died, or did not answer in time.
             Aborted: the administrator ended the job.
         """
-        faults = self._gather(task_name, messages, on_reply, abort_signal, fl_ctx, patient=False)
-        for error in faults.values():
-            raise error
+        self._gather(task_name, messages, on_reply, abort_signal, fl_ctx, collect=())
+
+    def gather_present(
+        self,
+        task_name: str,
+        messages: Message | Mapping[str, Message],
+        on_reply: OnReply,
+        abort_signal: Signal,
+        fl_ctx: FLContext,
+        sites: Collection[str],
+        enough: Callable[[], bool] = lambda: False,
+    ) -> dict[str, SiteLostError]:
+        """As :meth:`gather`, with ``sites`` alone; those that are lost meanwhile are returned.
+
+        Args:
+            task_name, messages, on_reply, abort_signal, fl_ctx: see :meth:`gather`.
+            sites: whom to ask.
+            enough: asked after each answer; ends the phase early.
+        """
+        faults = self._gather(
+            task_name,
+            messages,
+            on_reply,
+            abort_signal,
+            fl_ctx,
+            collect=SiteLostError,
+            sites=sites,
+            enough=enough,
+        )
+        lost = {site: error for site, error in faults.items() if isinstance(error, SiteLostError)}
+        for error in lost.values():
+            self.status.warn(f"phase {task_name}: {error}")
+        return lost
+
+    def lost_sites(self, sites: Collection[str]) -> dict[str, str]:
+        """Those of ``sites`` that are dead or silent now, with a sentence for each."""
+        return self._watch.lost(sites) if self._watch else {}
+
+    def is_up(self, site: str) -> bool:
+        """Whether a site's job process has given a sign of life lately."""
+        return self._watch is not None and self._watch.is_up(site)
 
     def _gather(
         self,
@@ -249,22 +302,29 @@ class PhasedWorkflow(Controller):
         abort_signal: Signal,
         fl_ctx: FLContext,
         *,
-        patient: bool,
+        collect: type[FedgestaltError] | tuple[type[FedgestaltError], ...],
+        sites: Collection[str] | None = None,
+        enough: Callable[[], bool] = lambda: False,
     ) -> dict[str, FedgestaltError]:
-        """As :meth:`gather`; returns the faults by site: all of them if ``patient``, or the first.
+        """As :meth:`gather`; returns the faults of the classes ``collect`` by site.
 
-        A silence is a fault of the silent sites.
+        The first fault of another class is raised at once. A silence is a fault of the silent site.
         """
-        self.progress.write("phase", phase=task_name, sites=len(self.roster))
-        self.status.begin_phase(task_name, frozenset(self.roster))
-        waiting, faults = set(self.roster), dict[str, FedgestaltError]()
+        asked = self.roster if sites is None else tuple(sorted(sites))
+        self.progress.write("phase", phase=task_name, sites=len(asked))
+        self.status.begin_phase(task_name, frozenset(asked))
+        waiting, faults = set(asked), dict[str, FedgestaltError]()
+
+        def fatal() -> FedgestaltError | None:
+            return next((e for e in faults.values() if not isinstance(e, collect)), None)
+
         lock = threading.Lock()
 
         def received(client_task: ClientTask, fl_ctx: FLContext) -> None:  # noqa: ARG001
             site, reply = client_task.client.name, client_task.result
             client_task.result = None
             with lock:
-                if site not in waiting or (faults and not patient):
+                if site not in waiting or fatal():
                     return
                 said = ""
                 try:
@@ -283,7 +343,7 @@ class PhasedWorkflow(Controller):
                 self.progress.write("answer", phase=task_name, site=site)
 
         tasks = []
-        for site in self.roster:
+        for site in asked:
             message = messages if isinstance(messages, Message) else messages[site]
             data = to_shareable(message)
             task = Task(task_name, data, timeout=int(self._limit), result_received_cb=received)
@@ -294,29 +354,20 @@ class PhasedWorkflow(Controller):
         try:
             while True:
                 with lock:
-                    lost = self._watch.lost(waiting) if self._watch else {}
+                    lost = self.lost_sites(waiting)
+                    if time.monotonic() > deadline:
+                        what = f"no answer within {self._limit:.0f} seconds"
+                        lost |= dict.fromkeys(waiting, what)
                     for site, what in lost.items():
-                        faults[site] = PeerError(
-                            what, site=site, remedy="look at its log; submit the job again"
-                        )
+                        remedy = "look at its log, or raise the job's limits"
+                        faults[site] = SiteLostError(what, site=site, remedy=remedy)
                         waiting.discard(site)
-                    if not waiting or (faults and not patient):
+                    if error := fatal():
+                        raise error
+                    if not waiting or enough():
                         return faults
                 if abort_signal.triggered:
                     raise Aborted
-                if time.monotonic() > deadline:
-                    if patient:
-                        with lock:
-                            what = f"no answer within {self._limit:.0f} seconds"
-                            for site in waiting:
-                                faults[site] = PeerError(what, site=site, remedy="look at its log")
-                            return faults
-                    names = ", ".join(sorted(waiting))
-                    raise ServerError(
-                        f"no answer from {names} within {self._limit:.0f} seconds",
-                        where=f"phase {task_name}",
-                        remedy="look at the logs of these sites, or raise phase_limit_seconds",
-                    )
                 time.sleep(_POLL_SECONDS)
         finally:
             for task in tasks:

@@ -68,7 +68,7 @@ class FlakeMatcher(SiteExecutor):
         """Tasks of the matching job."""
         return {
             tasks.START: self._join,
-            tasks.KEYS: self._offer_key,
+            tasks.KERNEL_KEYS: self._offer_key,
             tasks.SEAL: self._seal,
             tasks.ENCODE: self._encode,
             tasks.RANK: self._rank,

@@ -24,7 +24,7 @@ from fedgestalt.federation.matching.messages import (
     ReleasedRows,
 )
 from fedgestalt.federation.site.settings import ALL_ROWS
-from fedgestalt.federation.tasks import ENCODE, KEYS, RANK, SEAL, START
+from fedgestalt.federation.tasks import ENCODE, KERNEL_KEYS, RANK, SEAL, START
 from fedgestalt.hooks import get_registry
 from fedgestalt.messages import from_site
 from fedgestalt.similarity.gram import dense_gram
@@ -129,7 +129,7 @@ class FlakeSimilarityWorkflow(PhasedWorkflow):
         start = MatchStart(self.roster, self._ensemble, self._strategy, self._released_rows)
         strategy = get_registry().matching.entry(self._strategy)
         self.join(START, start, lambda _: versions([strategy]), abort_signal, fl_ctx)
-        self.gather(KEYS, OfferKeys(), on_key, abort_signal, fl_ctx)
+        self.gather(KERNEL_KEYS, OfferKeys(), on_key, abort_signal, fl_ctx)
         self.gather(SEAL, KernelKeys(keys), on_boxes, abort_signal, fl_ctx)
         sealed = {site: SealedContributions(boxes[site]) for site in self.roster}
         self.gather(ENCODE, sealed, on_rows, abort_signal, fl_ctx)

@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
 from nvflare.apis.event_type import EventType
 from nvflare.apis.fl_component import FLComponent
 from nvflare.apis.fl_constant import FLContextKey
@@ -98,8 +99,14 @@ class Presented:
 
     @classmethod
     def from_pem(cls, pem: bytes) -> Presented:
-        """The first certificate of a chain; ValueError if there is none."""
+        """The first certificate of a chain; ValueError if there is none.
+
+        The issuer's signature does not cover the octet before it, which counts unused bits: with
+        another one there, the same certificate would have a fingerprint that nobody has listed.
+        """
         certificate = x509.load_pem_x509_certificates(pem)[0]
+        if not certificate.public_bytes(Encoding.DER).endswith(b"\0" + certificate.signature):
+            raise ValueError("the certificate is not written as its issuer wrote it")
         name = get_cert_common_name(certificate) or ""
         return cls(cert_fingerprint_sha256(certificate), name)
 

@@ -71,10 +71,26 @@ class OutgoingGuard(Filter):
         workspace = workspace or fl_ctx.get_engine().get_workspace()
         settings = read_settings(Path(workspace.get_site_config_dir()))
         store = settings.store_folder(fl_ctx.get_identity_name())
-        store.mkdir(parents=True, exist_ok=True, mode=0o700)
-        line = {"time": round(time.time(), 2), "job": fl_ctx.get_job_id(), "task": task, **sent}
-        with (store / SENT_FILE).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        record_sent(store, fl_ctx.get_job_id(), task, sent["message"], sent["bytes"])
+
+
+def record_sent(store: Path, job: str, task: str, message: str, size: int) -> None:
+    """Append a line to the site's own record of what left it.
+
+    Args:
+        store: the site's.
+        job: its id.
+        task: in which task.
+        message: what kind.
+        size: bytes.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    store.mkdir(parents=True, exist_ok=True, mode=0o700)
+    line = {"time": round(time.time(), 2), "job": job, "task": task}
+    with (store / SENT_FILE).open("a", encoding="utf-8") as file:
+        file.write(json.dumps({**line, "message": message, "bytes": size}) + "\n")
 
 
 def _stopped(what: str) -> SiteError:

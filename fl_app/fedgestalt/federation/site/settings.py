@@ -43,6 +43,26 @@ class SiteSettings(Spec):
     minimum_sites: int = Field(
         default=3, ge=3, description="fewest sites with which this site takes part in a sum"
     )
+    minimum_survivors: int = Field(
+        default=3,
+        ge=2,
+        description="fewest sites in a sum that this site helps to open; with 2, each of them could"
+        " tell the other's update from it",
+    )
+    threat_model: Literal["malicious", "honest-but-curious"] = Field(
+        default="malicious",
+        description="what the server may do without learning more than the sum; with"
+        " `honest-but-curious`, which trusts it to follow the protocol, more sites may be lost",
+    )
+    reveal_aggregate_to: Literal["server", "sites"] = Field(
+        default="server",
+        description="with `sites`, it takes part in no training whose sums the server learns",
+    )
+    identity: Literal["kit", "ephemeral"] = Field(
+        default="kit",
+        description="`kit` signs with the startup kit's certificate; `ephemeral` proves nothing and"
+        " is for the simulator alone",
+    )
     strategies: tuple[str, ...] = Field(
         default=(), description="matching strategies it takes part in; empty: any installed one"
     )
@@ -94,6 +114,16 @@ class SiteSettings(Spec):
                 f"takes part with {self.minimum_sites} sites or more, the job has"
                 f" {len(others) + 1}; with fewer, single updates could be told from the sum",
                 "minimum_sites",
+            )
+
+    def check_aggregation(self, recipient: str, threat_model: str) -> None:
+        """Raise SiteError if a training job protects less than this site asks for."""
+        if self.reveal_aggregate_to == "sites" and recipient != "sites":
+            raise _refusal("lets no server learn the sum of updates", "reveal_aggregate_to")
+        if self.threat_model == "malicious" and threat_model != "malicious":
+            raise _refusal(
+                f"does not trust the server to follow the protocol, the job does ({threat_model})",
+                "threat_model",
             )
 
     def check_strategy(self, strategy: str) -> None:

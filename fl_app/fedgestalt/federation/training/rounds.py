@@ -1,9 +1,11 @@
-"""What server and sites compute alike for one round: the number plan and its session."""
+"""What server and sites compute alike for one round: ranges, number plan, metrics, norms."""
 
 from __future__ import annotations
 
+import enum
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,15 +16,23 @@ from fedgestalt.hooks.registry import Registry
 from fedgestalt.learning.ensemble import (
     Ensemble,
     SharedState,
+    is_classifier,
     read_shared_state,
-    shared_state_digest,
 )
 from fedgestalt.learning.spec import EnsembleSpec
 from fedgestalt.learning.training import MemberMetrics
-from fedgestalt.secagg import Aggregate, NumberPlan, SessionFacts, TensorPlan
+from fedgestalt.secagg import (
+    Aggregate,
+    CountPlan,
+    NumberPlan,
+    Recipient,
+    TensorPlan,
+    ThreatModel,
+)
 
-METRICS = "metrics/"
-"""Prefix of the tensors of metrics that are summed under the masks with the update."""
+METRICS = ".metrics/"
+"""Prefix of the tensors of metrics that are summed under the masks with the update; no member can
+have such a name."""
 
 METRIC_NAMES = ("loss", "accuracy", "agreement", "measured")
 """``agreement`` counts where ``measured`` is 1: a site may have no held-out image."""
@@ -42,36 +52,92 @@ _STATISTICS = ("running_mean", "running_second_moment")
 _METRICS_RANGE = 16.0
 _SOME_SITE = 1e-4
 _MARGIN = 2.0
+_LEAST_RANGE, _MOST_RANGE = 2.0**-126, 2.0**127
+"""Of float32; a tensor that never moves comes down to the first after a dozen rounds."""
+_BLOCK = 1 << 16
+_CLASSES = "classes"
+"""Name of the counts that weight a classifier's rows."""
+
+
+class Scope(enum.StrEnum):
+    """What sites aggregate."""
+
+    ALL = "all"
+    """Everything that they train."""
+
+    ENCODER = "encoder"
+    """All but the classifiers: what a hospital alone knows of a syndrome stays there."""
+
+
+class Rule(enum.StrEnum):
+    """How updates are averaged."""
+
+    MEAN = "mean"
+    """By the number of each site's training images."""
+
+    CLASS_WEIGHTED = "class-weighted"
+    """The same, but a classifier's row over those sites alone that have images of the class."""
+
+
+@dataclass(frozen=True)
+class Aggregation:
+    """How a job aggregates; the same everywhere.
+
+    Attributes:
+        scope: what.
+        rule: how.
+        recipient: who learns the sum.
+        threat_model: what the server may do; sets the threshold.
+        max_weight: public bound on a site's training images.
+    """
+
+    scope: Scope = Scope.ALL
+    rule: Rule = Rule.MEAN
+    recipient: Recipient = Recipient.SERVER
+    threat_model: ThreatModel = ThreatModel.MALICIOUS
+    max_weight: int = 4096
+
+    @classmethod
+    def named(
+        cls, *, scope: str, rule: str, recipient: str, threat_model: str, max_weight: int
+    ) -> Aggregation:
+        """From the words of a message; raises ServerError for an unknown one."""
+        try:
+            chosen = Scope(scope), Rule(rule), Recipient(recipient), ThreatModel(threat_model)
+        except ValueError as error:
+            raise ServerError(f"the job asks for an aggregation of which {error}") from None
+        return cls(*chosen, max_weight)
+
+    def shared(self, state: SharedState) -> SharedState:
+        """The part of a state that is aggregated."""
+        if self.scope is Scope.ALL:
+            return state
+        return {name: values for name, values in state.items() if not is_classifier(name)}
 
 
 def training_facts(
-    ensemble: Ensemble, roster: tuple[str, ...], max_weight: int, registry: Registry
+    ensemble: Ensemble, roster: tuple[str, ...], aggregation: Aggregation, registry: Registry
 ) -> dict[str, str]:
     """What everybody in a training job must have alike; compared in the handshake.
 
     Raises:
         PlanError: the sum could overflow.
     """
-    state, spec = read_shared_state(ensemble), ensemble.spec
-    facts = round_facts(
-        job="",
-        attempt=1,
-        round_number=1,
-        state=state,
-        exponents=exponents_of(first_ranges(state, spec)),
-        max_weight=max_weight,
-        roster=roster,
-        spec=spec,
-    )
+    state, spec = aggregation.shared(read_shared_state(ensemble)), ensemble.spec
+    exponents = exponents_of(first_ranges(state, spec))
+    shapes = shapes_of(state)
+    plan = number_plan(shapes, exponents, len(roster), aggregation, spec, ensemble.classes)
     return {
         **versions(map(registry.backbones.entry, ensemble.backbones)),
         "classes": str(ensemble.classes),
         "start model": ensemble.start_digest,
-        "number plan": facts.plan.digest.hex(),
+        "number plan": plan.digest.hex(),
     }
 
 
-def check_update_norm(update: SharedState, state: SharedState, bound: float, whose: str) -> None:
+def check_update_norm(
+    update: Mapping[str, NDArray[np.float32]], state: SharedState, bound: float, whose: str
+) -> None:
     """Refuse a change of the model that is not finite, or many times as large as the model.
 
     Running statistics of normalisation layers are left out: they follow the data.
@@ -80,7 +146,8 @@ def check_update_norm(update: SharedState, state: SharedState, bound: float, who
         SiteError: names the largest change allowed and what came.
     """
     squares = {"update": 0.0, "model": 0.0}
-    for name, change in update.items():
+    for name, values in state.items():
+        change = update[name]
         if not np.isfinite(change).all():
             raise SiteError(
                 f"{whose} holds NaN or infinity",
@@ -88,14 +155,21 @@ def check_update_norm(update: SharedState, state: SharedState, bound: float, who
                 remedy="lower the learning rate in the job, and check the images of the site",
             )
         if not name.endswith(_STATISTICS):
-            squares["update"] += float((change.astype(np.float64) ** 2).sum())
-            squares["model"] += float((state[name].astype(np.float64) ** 2).sum())
+            squares["update"] += _square(change)
+            squares["model"] += _square(values)
     if squares["update"] > bound**2 * squares["model"]:
         ratio = math.sqrt(squares["update"] / max(squares["model"], 1e-30))
         raise SiteError(
             f"{whose} is {ratio:.3g} times as large as the model, at most {bound:.3g} is allowed",
             remedy=_ITS_OWN if whose == OWN_UPDATE else _SOMEBODYS,
         )
+
+
+def _square(values: NDArray[np.float32]) -> float:
+    """Sum of squares, in blocks whose sums are added in float64."""
+    flat = values.reshape(-1)
+    blocks = (flat[start : start + _BLOCK] for start in range(0, flat.size, _BLOCK))
+    return math.fsum(float(np.dot(block, block)) for block in map(np.float64, blocks))
 
 
 def clipping_warning(round_number: int, aggregate: Aggregate, plan: NumberPlan) -> str:
@@ -136,20 +210,22 @@ def with_metrics(
     return {**update, **{name: np.array(four, np.float32) for name, four in values.items()}}
 
 
-def split_metrics(
-    mean: Mapping[str, NDArray[np.float32]],
-) -> tuple[SharedState, dict[str, dict[str, float]]]:
-    """Take an aggregate apart: mean update, and mean metrics by member."""
-    update = {name: values for name, values in mean.items() if not name.startswith(METRICS)}
+def read_metrics(mean: Mapping[str, NDArray[np.float32]]) -> dict[str, dict[str, float]]:
+    """The mean metrics in an aggregate, by member."""
     metrics = {}
-    for name, values in mean.items():
+    for name in mean:
         if name.startswith(METRICS):
-            found = dict(zip(METRIC_NAMES, map(float, values), strict=True))
+            found = dict(zip(METRIC_NAMES, map(float, mean[name]), strict=True))
             measured = found.pop("measured")
             known = measured > _SOME_SITE
             found["agreement"] = found["agreement"] / measured if known else UNKNOWN
             metrics[name.removeprefix(METRICS)] = found
-    return update, metrics
+    return metrics
+
+
+def agreements(metrics: Mapping[str, Mapping[str, float]]) -> NDArray[np.float32]:
+    """The mean agreement of each trained member, in the order of their names."""
+    return np.array([metrics[name]["agreement"] for name in sorted(metrics)], np.float32)
 
 
 def first_ranges(state: SharedState, spec: EnsembleSpec) -> dict[str, float]:
@@ -170,7 +246,8 @@ def next_ranges(ranges: Mapping[str, float], aggregate: Aggregate) -> dict[str, 
     for name, bound in ranges.items():
         largest = float(np.abs(aggregate.mean[name]).max(initial=0))
         wanted = max(_MARGIN * largest, bound * 2.0**-10)
-        result[name] = bound * 4 if aggregate.clipped[name] else wanted
+        wanted = bound * 4 if aggregate.clipped[name] else wanted
+        result[name] = min(_MOST_RANGE, max(_LEAST_RANGE, wanted))
     return result | {n: _METRICS_RANGE for n in ranges if n.startswith(METRICS)}
 
 
@@ -179,34 +256,64 @@ def exponents_of(ranges: Mapping[str, float]) -> NDArray[np.int32]:
     return np.array([math.ceil(math.log2(ranges[name])) for name in sorted(ranges)], np.int32)
 
 
-def round_facts(
-    *,
-    job: str,
-    attempt: int,
-    round_number: int,
-    state: SharedState,
+def shapes_of(state: SharedState) -> dict[str, tuple[int, ...]]:
+    """Shapes by tensor."""
+    return {name: values.shape for name, values in state.items()}
+
+
+def number_plan(
+    aggregated: Mapping[str, tuple[int, ...]],
     exponents: NDArray[np.int32],
-    max_weight: int,
-    roster: tuple[str, ...],
+    sites: int,
+    aggregation: Aggregation,
     spec: EnsembleSpec,
-) -> SessionFacts:
-    """The facts of a round, from which every party computes the session digest itself.
+    classes: int,
+) -> NumberPlan:
+    """The number plan of a round, which every party makes for itself.
+
+    Args:
+        aggregated: shapes of the model's tensors that are aggregated.
+        exponents: see :func:`exponents_of`.
+        sites: of the session.
+        aggregation: of the job.
+        spec: of the ensemble.
+        classes: of its classifiers.
 
     Raises:
-        ServerError: the number of exponents does not fit the model.
+        ServerError: the exponents do not fit the model.
         PlanError: the sum could overflow.
     """
-    shapes = {name: values.shape for name, values in state.items()}
+    shapes = dict(aggregated)
     shapes |= dict.fromkeys(metric_names(spec), (len(METRIC_NAMES),))
     names = sorted(shapes)
     if len(names) != len(exponents):
         raise ServerError(f"{len(exponents)} ranges for {len(names)} tensors", where="round start")
     if len(exponents) and not -126 <= int(exponents.min()) <= int(exponents.max()) <= 127:
         raise ServerError("a range is outside that of float32", where="round start")
+    by_row = aggregation.rule is Rule.CLASS_WEIGHTED and aggregation.scope is Scope.ALL
     tensors = tuple(
-        TensorPlan(name, shapes[name], int(exponent))
+        TensorPlan(
+            name,
+            shapes[name],
+            int(exponent),
+            _CLASSES if by_row and name in aggregated and is_classifier(name) else "",
+        )
         for name, exponent in zip(names, exponents, strict=True)
     )
-    plan = NumberPlan(len(roster), max_weight, tensors)
+    counts = (CountPlan(_CLASSES, classes, aggregation.max_weight),) if by_row else ()
+    plan = NumberPlan(sites, aggregation.max_weight, tensors, counts)
     plan.check()
-    return SessionFacts(job, attempt, round_number, shared_state_digest(state), plan, roster)
+    return plan
+
+
+def row_weights(plan: NumberPlan, targets: NDArray[np.int64]) -> dict[str, NDArray[np.int64]]:
+    """A site's counts for ``plan``: its weight for each class of which it has images, or 0.
+
+    Args:
+        plan: of the round.
+        targets: (n,) class indices of the site's training images.
+    """
+    return {
+        count.name: np.where(np.bincount(targets, minlength=count.size) > 0, len(targets), 0)
+        for count in plan.counts
+    }
