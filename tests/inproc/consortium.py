@@ -254,6 +254,7 @@ class Script:
     def __init__(self) -> None:
         self._plan: dict[tuple[str, str, str, int], Event] = {}
         self._seen: Counter[tuple[str, str, str]] = Counter()
+        self._lock = threading.Lock()
         self.done: list[tuple[str, str]] = []
         """(site, task) of what has happened; a test looks whether it tested anything."""
 
@@ -271,8 +272,9 @@ class Script:
         return self.at(site, task, when, end, time)
 
     def __call__(self, site: str, task: str, when: str) -> None:
-        self._seen[site, task, when] += 1
-        event = self._plan.get((site, task, when, self._seen[site, task, when]))
+        with self._lock:
+            self._seen[site, task, when] += 1
+            event = self._plan.get((site, task, when, self._seen[site, task, when]))
         if event is not None:
             self.done.append((site, task))
             event()
@@ -329,6 +331,7 @@ class _Bus:
         dead: sites whose processes have ended.
         silent: sites whose connection is cut.
         down: sites whose processes have not come up yet.
+        errors: of a test's own functions; the job does not wait for the site where one was raised.
     """
 
     on_task: OnTask
@@ -341,6 +344,7 @@ class _Bus:
     dead: set[str] = field(default_factory=set)
     silent: set[str] = field(default_factory=set)
     down: set[str] = field(default_factory=set)
+    errors: list[Exception] = field(default_factory=list)
     watch: SiteWatch | None = None
     status: JobStatus | None = None
     phases: int = 0
@@ -370,13 +374,29 @@ class _Bus:
         status.begin_phase = counted  # type: ignore[method-assign]
 
     def ask(self, sender: str, target: str, topic: str, request: Shareable) -> Shareable:
-        if target == "server":
-            try:
-                self.on_task(sender, topic, "before")
-            except Killed:  # in a thread that waits for FLARE; the process is ended by its own
-                self.dead.add(sender)
-                self.engines[sender].abort.trigger(True)
+        if target != "server":
+            return self._deliver(sender, target, topic, request)
+        try:
+            self.on_task(sender, topic, "before")
             request = self.on_upload(sender, topic, request)
+            reply = self._deliver(sender, target, topic, request)
+            if reply.get_return_code() == ReturnCode.OK:
+                reply = self.on_download(sender, topic, reply)
+        except (Killed, Exception) as error:  # noqa: BLE001  a test's own
+            # In a thread that only waits for FLARE: it cannot end the site, the site's own does.
+            self.end(sender, error)
+        gone = sender in self.gone
+        return make_reply(ReturnCode.COMMUNICATION_ERROR) if gone else reply
+
+    def end(self, site: str, why: BaseException) -> None:
+        """End a site's process."""
+        self.dead.add(site)
+        if site in self.engines:
+            self.engines[site].abort.trigger(True)
+        if isinstance(why, Exception):
+            self.errors.append(why)
+
+    def _deliver(self, sender: str, target: str, topic: str, request: Shareable) -> Shareable:
         handler = self.handlers.get((target, topic))
         if handler is None or {sender, target} & self.gone:
             return make_reply(ReturnCode.COMMUNICATION_ERROR)
@@ -388,11 +408,8 @@ class _Bus:
             peer.set_prop(ReservedKey.IDENTITY_NAME, sender, private=False, sticky=False)
             context.set_peer_context(peer)
             reply = fobs.loads(fobs.dumps(handler(topic, fobs.loads(payload), context)))
-        if target == "server":
-            reply = self.on_download(sender, topic, reply)
-        if {sender, target} & self.gone:
-            return make_reply(ReturnCode.COMMUNICATION_ERROR)
-        return reply
+        gone = {sender, target} & self.gone
+        return make_reply(ReturnCode.COMMUNICATION_ERROR) if gone else reply
 
 
 class _Engine:
@@ -642,7 +659,6 @@ class Consortium:
         communicator.initialize_run(context)
         workflow.handle_event(EventType.START_RUN, context)
         lock, one_at_a_time = threading.Lock(), threading.Lock()
-        errors: list[Exception] = []
 
         def come_up(client: Client) -> tuple[_Engine, SiteExecutor]:
             workspace = self._workspace(run, client.name, job_id)
@@ -658,11 +674,8 @@ class Consortium:
                     return
             try:
                 serve(client, *(parts or come_up(client)))
-            except Killed:
-                bus.dead.add(client.name)
-            except Exception as error:  # noqa: BLE001  a test's own; the job must not wait for it
-                errors.append(error)
-                bus.dead.add(client.name)
+            except (Killed, Exception) as error:  # noqa: BLE001  a test's own
+                bus.end(client.name, error)
 
         def serve(client: Client, site_engine: _Engine, executor: SiteExecutor) -> None:
             guard, name = OutgoingGuard(), ""
@@ -713,9 +726,9 @@ class Consortium:
             if site in bus.engines:
                 bus.engines[site].abort.trigger(True)
         for thread in threads:
-            thread.join(10)
+            thread.join(60)
             assert not thread.is_alive(), "a site has not come to its end"
-        for error in errors:
+        for error in bus.errors:
             raise error
         communicator._all_done = True
         run.folder = Path(engine.workspace.get_run_dir(job_id))

@@ -300,9 +300,9 @@ def test_a_site_that_was_silent_takes_part_again_with_the_current_model(
     third = Summed(others if back[0] == "fgm_train" else everybody)
     rounds = Summed(everybody), second, third, Summed(everybody)
     check(run, consortium, plain_four, *rounds)
-    assert any(
-        "site 'leuven': its job process has been silent" in w for w in run.outcome["warnings"]
-    )
+    if point not in {("fgm_survivors", "sent"), ("fgm_unmask", "sent")}:  # nobody may have noticed
+        told = " ".join(run.outcome["warnings"])
+        assert "site 'leuven': its job process has been silent" in told
 
 
 def test_a_site_that_missed_a_round_downloads_the_model_and_nobody_else_does(

@@ -14,6 +14,8 @@ from safetensors.numpy import load_file
 from fedgestalt.federation.job import transfer
 from fedgestalt.federation.job.transfer import DOWNLOAD, UPLOAD
 from fedgestalt.federation.training.checkpoints import CHECKPOINTS_FOLDER, MODELS_FOLDER
+from fedgestalt.federation.training.secure_round import Opened
+from fedgestalt.federation.training.workflow import EnsembleTrainingWorkflow
 from fedgestalt.jobs import TrainingJob
 from fedgestalt.learning.ensemble import SharedState
 
@@ -85,6 +87,25 @@ def test_the_server_has_the_model_neither_in_messages_nor_in_files(
         assert not [piece for piece in pieces if piece in haystack], what
     assert not list((run.root / "server").rglob("*.safetensors"))
     assert not list((run.root / "server").rglob("ensemble*"))
+
+
+@pytest.mark.parametrize("job", [TO_SITES, TO_SERVER], ids=["sites", "server"])
+def test_what_the_server_opens_is_the_sum_only_if_it_may_learn_it(
+    tmp_path: Path, four_sites: Consortium, plain: Plain, job: TrainingJob
+) -> None:
+    opened: list[NDArray[np.uint32]] = []
+
+    class Looking(EnsembleTrainingWorkflow):
+        def _collect_receipts(self, sum_: Opened, expected: bytes) -> dict[str, bytes]:
+            opened.append(sum_.words.copy())
+            return super()._collect_receipts(sum_, expected)
+
+    consortium = Consortium(tmp_path, source=four_sites)
+    run = consortium.run(job.model_copy(update={"rounds": 1}), workflow=Looking)
+    assert run.outcome["status"] == "completed", run.outcome
+    (words,) = opened
+    alike = np.count_nonzero(words == plain.first_sum())
+    assert alike == (words.size if job is TO_SERVER else 0)
 
 
 def test_the_same_search_finds_the_model_of_a_job_that_reveals_it_to_the_server(

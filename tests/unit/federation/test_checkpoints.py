@@ -356,10 +356,11 @@ def test_a_file_that_lacks_a_part_is_damaged(
 
 @pytest.mark.parametrize("field", sorted(Checkpoint.model_fields))
 @pytest.mark.parametrize("value", [None, -1, "x", [5], {"a": "b"}, "../../../etc/passwd"])
+@pytest.mark.parametrize("state", [None, model(1).state], ids=["without", "with"])
 def test_a_field_that_makes_no_sense_is_damage_or_what_such_a_field_may_hold(
-    server: ServerCheckpoints, folder: Path, field: str, value: object
+    server: ServerCheckpoints, folder: Path, field: str, value: object, state: SharedState | None
 ) -> None:
-    server.save(after(1), model(1).state)
+    server.save(after(1), state)
     changed = content(folder)
     changed["checkpoint"][field] = value
     (folder / JOB / STATE).write_text(json.dumps(changed))
