@@ -9,6 +9,7 @@ installed package stay as they are.
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import shutil
 import time
@@ -23,7 +24,9 @@ from hospitals import Hospitals
 import fedgestalt
 from fedgestalt.errors import ServerError
 from fedgestalt.federation.operations.local import LocalConsortium
+from fedgestalt.federation.site.outgoing import SENT_FILE
 from fedgestalt.federation.tasks import TRAIN
+from fedgestalt.federation.training.checkpoints import MODELS_FOLDER
 from fedgestalt.jobs import JobSpec
 
 OnReport = Callable[[dict[str, Any]], None]
@@ -32,6 +35,8 @@ log = logging.getLogger(__name__)
 
 LIMIT_SECONDS = 150.0
 _POLL_SECONDS = 0.1
+_REPORT_SECONDS = 0.5
+"""FLARE's API answers quickly, but not for nothing."""
 _JOB_PROCESSES = ("worker_process", "runner_process")
 
 _SITECUSTOMIZE = '''
@@ -328,7 +333,7 @@ class Ward:
                 on_report(report)
             return self.local.session.status(job).startswith("FINISHED")
 
-        until(is_over, f"the end of job {job}", limit_seconds)
+        until(is_over, f"the end of job {job}", limit_seconds, _REPORT_SECONDS)
         return {**self.local.session.outcome(job), "flare": self.local.session.status(job)}
 
     def job_processes(self, *parties: str) -> list[int]:
@@ -340,6 +345,22 @@ class Ward:
                     if any(name in " ".join(process.cmdline()) for name in _JOB_PROCESSES):
                         found.append(process.pid)
         return found
+
+    def vectors(self, site: str, job: str) -> int:
+        """How many masked vectors have left a site in a job, by its own record."""
+        record = self.hospitals.store(site) / SENT_FILE
+        lines = record.read_text().splitlines() if record.exists() else ()
+        mine = [line for line in map(json.loads, lines) if line["job"] == job]
+        return [line["message"] for line in mine].count("masked vector")
+
+    def forget(self) -> None:
+        """Let no site remember a model, nor that an update to it was sent.
+
+        A job gives the same model as one before only at sites that have sent no update for it yet:
+        whatever is trained again is trained with other draws.
+        """
+        for site in self.hospitals.sites:
+            shutil.rmtree(self.hospitals.store(site) / MODELS_FOLDER, ignore_errors=True)
 
     def log(self, party: str) -> str:
         """What FLARE wrote at a site or at the server."""
@@ -357,11 +378,16 @@ def log_of(kit: Path) -> str:
     return log.read_text(errors="replace") if log.exists() else ""
 
 
-def until(happens: Callable[[], object], what: str, limit_seconds: float = LIMIT_SECONDS) -> float:
+def until(
+    happens: Callable[[], object],
+    what: str,
+    limit_seconds: float = LIMIT_SECONDS,
+    poll_seconds: float = _POLL_SECONDS,
+) -> float:
     """Wait for something; returns the seconds it took."""
     started = time.monotonic()
     while not happens():
         waited = time.monotonic() - started
         assert waited < limit_seconds, f"waited {waited:.0f} seconds for {what}"
-        time.sleep(_POLL_SECONDS)
+        time.sleep(poll_seconds)
     return time.monotonic() - started

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,6 @@ import pytest
 from faults import Ward, falls_in, measured, until
 from hospitals import SERVER, Hospitals, training
 
-from fedgestalt.federation.site.outgoing import SENT_FILE
 from fedgestalt.federation.tasks import (
     APPLY,
     JOIN,
@@ -227,21 +225,10 @@ class Consortium(Ward):
         folder = self.hospitals.store(site) / "ensembles" / digest
         return folder.is_dir() and load_ensemble(folder, get_registry())[1] == digest
 
-    def forget(self) -> None:
-        """Let nobody remember a model, nor that an update to it was sent."""
-        for site in SITES:
-            shutil.rmtree(self.hospitals.store(site) / MODELS_FOLDER, ignore_errors=True)
-
     def sent(self, site: str, model: str) -> int:
         """How often an update to a model has left a site, by its own record."""
         path = self.hospitals.store(site) / MODELS_FOLDER / "sent.json"
         return int(json.loads(path.read_text()).get(model, 0))
-
-    def vectors(self, site: str, job: str) -> int:
-        """How many masked vectors have left a site in a job, by its own record."""
-        lines = (self.hospitals.store(site) / SENT_FILE).read_text().splitlines()
-        mine = [line for line in map(json.loads, lines) if line["job"] == job]
-        return [line["message"] for line in mine].count("masked vector")
 
     @property
     def checkpoints(self) -> list[str]:

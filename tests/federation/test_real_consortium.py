@@ -18,6 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from fedgestalt.errors import ServerError
 from fedgestalt.federation.operations.admin import AdminSession, read_outcome
 from fedgestalt.federation.operations.local import LocalConsortium
+from fedgestalt.federation.tasks import JOIN, TRAIN, VECTOR
 
 pytestmark = pytest.mark.federation
 
@@ -84,7 +85,7 @@ def test_progress_names_round_phase_sites_and_bytes(trained: dict[str, Any]) -> 
     reports = trained["reports"]
     assert {report["rounds"] for report in reports} == {3}
     assert max(report["round"] for report in reports) == 3
-    assert {"fgm_join", "fgm_train"} & {report["phase"] for report in reports}
+    assert {JOIN, TRAIN} & {report["phase"] for report in reports}
     assert all(set(report["sites"]) == set(SITES) for report in reports)
     assert max(site["received_from"] for site in reports[-1]["sites"].values()) > 50_000
     assert any(report["seconds_left"] is not None for report in reports)
@@ -125,7 +126,11 @@ def test_every_site_recorded_what_left_it(hospitals: Hospitals, trained: dict[st
         lines = (hospitals.store(site) / "sent.jsonl").read_text().splitlines()
         sent = [json.loads(line) for line in lines]
         mine = [line for line in sent if line["job"] == trained["job"]]
-        assert [line["message"] for line in mine].count("masked vector") == 3
+        vectors = [line for line in mine if line["message"] == "masked vector"]
+        assert [line["task"] for line in vectors] == [VECTOR] * 3
+        assert {line["bytes"] for line in vectors} == {
+            record["uploaded_bytes_per_site"] for record in trained["rounds"]
+        }
         total = sum(line["bytes"] for line in mine)
         assert total == trained["bytes"][site]["received_from"]
 

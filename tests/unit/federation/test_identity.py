@@ -20,6 +20,7 @@ from typing import Any, Literal
 import pytest
 import yaml
 from cryptography import x509
+from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import (
     dsa,
@@ -346,7 +347,7 @@ def test_swapped_names_are_noticed(kits: Path) -> None:
     assert "not to ''" in refusal(trust, "", certificate_in(kits, "berlin"))
 
 
-def test_signatures_of_flare_with_the_same_key_are_not_ours(
+def test_signatures_of_flare_with_the_same_key_are_not_ours_nor_ours_flares(
     kits: Path,
 ) -> None:
     own = kit_identity(startup(kits, "berlin"))
@@ -359,9 +360,11 @@ def test_signatures_of_flare_with_the_same_key_are_not_ours(
     with pytest.raises(PeerError, match="does not fit"):
         peer.verify(STATEMENT, theirs)
     ours = own.sign(STATEMENT)
-    verify_content(STATEMENT, ours, key.public_key())  # a pity, and why statements say what for
+    with pytest.raises(InvalidSignature):
+        verify_content(STATEMENT, ours, key.public_key())
     salt = padding.PSS(padding.MGF1(hashes.SHA256()), 32)
-    key.public_key().verify(ours, STATEMENT, salt, hashes.SHA256())
+    tagged = b"fedgestalt statement/1|" + STATEMENT
+    key.public_key().verify(ours, tagged, salt, hashes.SHA256())
 
 
 # keys and signatures

@@ -14,6 +14,7 @@ from nvflare.apis.fl_context import FLContext
 from nvflare.apis.job_def import RunStatus
 
 from fedgestalt.federation.server.unfinished import REASON, UnfinishedJobs
+from fedgestalt.federation.training.checkpoints import CHECKPOINTS_FOLDER
 
 
 class Manager:
@@ -42,7 +43,9 @@ def start(manager: Manager, root: Path, event: str = EventType.SYSTEM_BOOTSTRAP)
     engine = SimpleNamespace(
         get_component=lambda name: manager, fire_event=lambda event, context: None
     )
-    workspace = SimpleNamespace(get_run_dir=lambda job: str(root / job))
+    workspace = SimpleNamespace(
+        get_run_dir=lambda job: str(root / job), get_root_dir=lambda: str(root)
+    )
     context.set_prop(FLContextKey.WORKSPACE_OBJECT, workspace, private=True)
     context.get_engine = lambda *arguments, **keywords: engine
     UnfinishedJobs().handle_event(event, context)
@@ -53,8 +56,17 @@ def test_a_job_left_running_gets_an_outcome_and_an_end(tmp_path: Path) -> None:
     start(manager, tmp_path)
     assert manager.statuses == {"job-1": RunStatus.ABANDONED}
     assert manager.saved["job-1"]["status"] == "failed"
-    assert manager.saved["job-1"]["reason"] == REASON
+    assert manager.saved["job-1"]["reason"] == f"{REASON}."
     assert not (tmp_path / "job-1").exists(), "its files lie in the job store now"
+
+
+def test_a_job_with_a_checkpoint_says_how_to_go_on(tmp_path: Path) -> None:
+    kept = tmp_path / CHECKPOINTS_FOLDER / "job-1"
+    kept.mkdir(parents=True)
+    (kept / "checkpoint.json").write_text("{}")
+    manager = Manager(["job-1"])
+    start(manager, tmp_path)
+    assert "with resume_from=job-1 to go on" in manager.saved["job-1"]["reason"]
 
 
 def test_an_outcome_that_was_written_already_is_kept(tmp_path: Path) -> None:
