@@ -86,6 +86,11 @@ def run_demo(settings: DemoSettings, steps: Steps) -> Result:
     return result
 
 
+def _round_facts(seed: int, record: dict[str, Any]) -> RoundFacts:
+    """A round of the outcome; all hospitals take part here."""
+    return RoundFacts(seed=seed, **{name: v for name, v in record.items() if name != "sites"})
+
+
 @contextlib.contextmanager
 def _work_folder(out: Path) -> Iterator[Path]:
     """A folder beside the result that vanishes with this run; after a failure its logs stay."""
@@ -147,7 +152,7 @@ def _run(settings: DemoSettings, steps: Steps, work: Path) -> Result:
             steps.say(f"Seed {seed} ({index + 1} of {len(settings.seeds)})")
         run = _SeedRun(cohort, names, settings.split, seed, folder, steps)
         spec, kernel, trained, matched = run.federate()
-        rounds += [RoundFacts(seed=seed, **record) for record in trained["rounds"]]
+        rounds += [_round_facts(seed, record) for record in trained["rounds"]]
         site_matches = {h.name: read_matches(h, kernel) for h in run.hospitals}
         for found in site_matches.values():
             ledger.add("federated", index, found.cohort, found.image_ids, found.ranked)
