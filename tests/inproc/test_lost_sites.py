@@ -259,6 +259,29 @@ def test_a_site_that_asks_for_more_sites_helps_to_open_no_smaller_sum(
     assert not any(stored(consortium).values())
 
 
+@pytest.mark.parametrize("strict", [True, False])
+def test_of_three_sites_one_may_be_lost_if_all_of_them_allow_a_sum_of_two(
+    tmp_path: Path, three_sites: Consortium, strict: bool
+) -> None:
+    """The two that are left can tell each other's update from the sum."""
+    consortium = Consortium(
+        tmp_path,
+        source=three_sites,
+        on_task=Script().kill("leuven", *UPLOADS),
+        settings={"minimum_survivors": 2, **TRUSTING},
+        site_settings={"bonn": {"minimum_survivors": 3}} if strict else {},
+    )
+    run = consortium.run(JOB.model_copy(update=TRUSTING))
+    if strict:
+        assert run.outcome["status"] == "failed"
+        assert run.outcome["reason"].startswith(
+            "site 'bonn': bonn: 2 sites are left in the sum, this site's policy asks for 3"
+        )
+    else:
+        expected = Summed([s for s in three_sites.sites if s != "leuven"], three_sites.sites)
+        check(run, consortium, Plain(three_sites, JOB), expected, without=("leuven",))
+
+
 # --- a connection that is cut for a while --------------------------------------------------------
 
 
