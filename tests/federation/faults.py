@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 
 LIMIT_SECONDS = 150.0
 _POLL_SECONDS = 0.1
+_LAST_LINES = 8
 _REPORT_SECONDS = 0.5
 """FLARE's API answers quickly, but not for nothing."""
 _JOB_PROCESSES = ("worker_process", "runner_process")
@@ -333,8 +334,22 @@ class Ward:
                 on_report(report)
             return self.local.session.status(job).startswith("FINISHED")
 
-        until(is_over, f"the end of job {job}", limit_seconds, _REPORT_SECONDS)
+        try:
+            until(is_over, f"the end of job {job}", limit_seconds, _REPORT_SECONDS)
+        except AssertionError as error:
+            error.add_note(self.state(job))
+            raise
         return {**self.local.session.outcome(job), "flare": self.local.session.status(job)}
+
+    def state(self, job: str) -> str:
+        """What is known of a job that does not end."""
+        lines = [f"report: {self.report(job)}"]
+        for party in self.local.running:
+            lines.append(f"{party}: job processes {self.job_processes(party)}")
+            logs = list((self.hospitals.kit(party) / job).glob("log.txt"))
+            for log_file in logs:
+                lines += log_file.read_text(errors="replace").splitlines()[-_LAST_LINES:]
+        return "\n".join(lines)
 
     def job_processes(self, *parties: str) -> list[int]:
         """Processes of jobs that run now."""
