@@ -49,10 +49,10 @@ from fedgestalt.secagg.messages import (
     Survivors,
     UnmaskShares,
 )
-from fedgestalt.secagg.plan import Aggregate, CountPlan, NumberPlan, TensorPlan, Words
+from fedgestalt.secagg.plan import Aggregate, CountPlan, NumberPlan, TensorPlan
 from fedgestalt.secagg.server import ServerSession
 from fedgestalt.secagg.site import SiteSession
-from fedgestalt.secagg.stream import AES, CHACHA20
+from fedgestalt.secagg.stream import AES, CHACHA20, Vector, Words
 
 __all__ = [
     "AES",
@@ -78,6 +78,7 @@ __all__ = [
     "TensorPlan",
     "ThreatModel",
     "UnmaskShares",
+    "Vector",
     "Verifier",
     "Words",
 ]

@@ -27,10 +27,10 @@ from numpy.typing import NDArray
 
 from fedgestalt.errors import PlanError, SiteError
 from fedgestalt.secagg.keys import digest
+from fedgestalt.secagg.stream import Words
 
 Tensors = Mapping[str, NDArray[np.float32]]
 Counts = Mapping[str, NDArray[np.integer]]
-Words = NDArray[np.uint32]
 
 WORD_BITS = 32
 _BLOCK = 1 << 16

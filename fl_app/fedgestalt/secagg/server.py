@@ -21,10 +21,9 @@ from fedgestalt.secagg.messages import (
     Survivors,
     UnmaskShares,
 )
-from fedgestalt.secagg.plan import Words
 from fedgestalt.secagg.shamir import SHARE_BYTES, combine
 from fedgestalt.secagg.site import check_header
-from fedgestalt.secagg.stream import Stream, add_streams
+from fedgestalt.secagg.stream import Stream, Vector, Words, add_streams
 
 
 class ServerSession:
@@ -50,8 +49,7 @@ class ServerSession:
         self._public: dict[str, PublicKey] = {}
         self._headers: dict[str, ShareHeader] = {}
         self._boxes: dict[str, Mapping[str, bytes]] = {}
-        self._total = np.zeros(facts.plan.words, np.uint32)
-        self._arrived: set[str] = set()
+        self._vectors: dict[str, Vector] = {}
         self._survivors: tuple[str, ...] = ()
         self._signatures: dict[str, bytes] = {}
         self._shares: dict[str, Mapping[str, bytes]] = {}
@@ -125,46 +123,36 @@ class ServerSession:
 
     # 3. vectors
 
-    def accept_vector(self, site: str, pieces: Iterable[Words], size: int) -> None:
-        """Add a site's masked vector.
+    def accept_vector(self, site: str, vector: Vector, size: int) -> None:
+        """Take note that a site's masked vector is there, all of it.
+
+        It is read once, in :meth:`total`, together with the others: one pass over all of them takes
+        half the time of adding one after the other, and the sum has no state in between.
 
         Args:
             site: its sender.
-            pieces: uint32 words, in order; of an upload that is known to be complete.
-            size: how many words they are in all.
+            vector: gives its words; of an upload that is complete and does not change.
+            size: how many words it has.
 
         Raises:
             PeerError: the site is not in the roster, has sent before, or the size does not fit the
-                plan. The sum is unchanged then.
-            ServerError: the pieces are not ``size`` words; the session cannot go on then.
+                plan.
         """
         self._complete(self._headers, "shares")
-        self._check(site, self.facts.digest, self._arrived)
+        self._check(site, self.facts.digest, self._vectors)
         if self._survivors:
             raise PeerError("its vector came after the sum was closed", site=site)
         self._check_sound()
-        if size != self._total.size:
-            raise PeerError(f"its vector has {size} words, the plan {self._total.size}", site=site)
-        start = 0
-        self._broken = f"the vector of site {site!r} was added in part"
-        for piece in pieces:
-            part = self._total[start : start + piece.size]
-            if part.shape != piece.shape or piece.dtype != np.uint32:
-                start = -1
-                break
-            np.add(part, piece, out=part)
-            start += piece.size
-        if start != size:
-            raise ServerError(self._broken, where="session", remedy="begin a new round")
-        self._broken = ""
-        self._arrived.add(site)
+        if size != (words := self.facts.plan.words):
+            raise PeerError(f"its vector has {size} words, the plan {words}", site=site)
+        self._vectors[site] = vector
 
     # 4. survivors
 
     @property
     def arrived(self) -> frozenset[str]:
-        """Sites whose vectors are in the sum."""
-        return frozenset(self._arrived)
+        """Sites whose vectors are there."""
+        return frozenset(self._vectors)
 
     def close(self) -> Survivors:
         """End the sum: whoever has not sent a vector is not in it.
@@ -172,13 +160,13 @@ class ServerSession:
         Raises:
             ServerError: fewer vectors than the threshold have come; the sum stays closed for ever.
         """
-        if not self._broken and len(self._arrived) < self.facts.threshold:
+        if not self._broken and len(self._vectors) < self.facts.threshold:
             self._broken = (
-                f"{len(self._arrived)} of {len(self.facts.roster)} sites have sent their vectors,"
+                f"{len(self._vectors)} of {len(self.facts.roster)} sites have sent their vectors,"
                 f" {self.facts.threshold} are needed: the sum stays closed"
             )
         self._check_sound()
-        self._survivors = tuple(sorted(self._arrived))
+        self._survivors = tuple(sorted(self._vectors))
         return Survivors(self.facts.digest, self._survivors)
 
     def accept_endorsement(self, site: str, endorsement: Endorsement) -> None:
@@ -228,6 +216,7 @@ class ServerSession:
         Raises:
             ServerError: fewer shares than the threshold have come.
             PeerError: a dealer's shares do not give what it committed to; the sum stays closed.
+            Exception: what a vector raises that cannot be read; the session is over.
         """
         self._check_sound()
         self._enough(self._shares, "sent their shares")
@@ -242,8 +231,23 @@ class ServerSession:
         for lost in sorted(self.facts.roster.keys() - set(self._survivors)):
             streams += self._pair_streams(lost, helpers)
         self._broken = "the sum was opened before"
-        add_streams(self._total, streams, cipher=self.facts.cipher, threads=threads)
-        return self._total
+        total = np.zeros(self.facts.plan.words, np.uint32)
+        vectors = [self._checked(site) for site in self._survivors]
+        add_streams(total, streams, vectors=vectors, cipher=self.facts.cipher, threads=threads)
+        return total
+
+    def _checked(self, site: str) -> Vector:
+        """A survivor's vector, which gives as many words as it is asked for."""
+        vector = self._vectors[site]
+
+        def read(first: int, end: int) -> Words:
+            words = vector(first, end)
+            if words.shape != (end - first,) or words.dtype != np.uint32:
+                what = f"the vector of site {site!r} does not have its words {first} to {end}"
+                raise ServerError(what, where="session", remedy="begin a new round")
+            return words
+
+        return read
 
     def _seed_of(self, site: str, helpers: list[str]) -> bytes:
         seed = self._rebuild(site, helpers)

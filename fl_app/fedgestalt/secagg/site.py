@@ -24,9 +24,8 @@ from fedgestalt.secagg.messages import (
     Survivors,
     UnmaskShares,
 )
-from fedgestalt.secagg.plan import Words
 from fedgestalt.secagg.shamir import SECRET_BYTES, SHARE_BYTES, split
-from fedgestalt.secagg.stream import Stream, add_streams
+from fedgestalt.secagg.stream import Stream, Words, add_streams
 
 _Shares = tuple[bytes, bytes]
 """Of one dealer's self seed, and of its root."""

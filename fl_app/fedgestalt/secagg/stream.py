@@ -38,9 +38,15 @@ _SEGMENT_WORDS = SEGMENT_BYTES // 4
 _END = _SEGMENT_WORDS << 96  # segments are counted in 12 bytes
 _CHUNK_BYTES = 256 << 10  # vector, keystream and zeros stay in the second-level cache together
 _CHUNK_WORDS = _CHUNK_BYTES // 4
+_BLOCK_WORDS = _SEGMENT_WORDS // 2
 _ZEROS = memoryview(bytes(_CHUNK_BYTES))
 _AES_BLOCK, _CHACHA20_BLOCK = 16, 64
 _ROUNDS = 8
+
+
+Words = NDArray[np.uint32]
+Vector = Callable[[int, int], Words]
+"""A vector that lies elsewhere: gives its words from the first number to before the second."""
 
 
 @dataclass(frozen=True)
@@ -84,21 +90,23 @@ class Calibration:
 
 
 def add_streams(
-    vector: NDArray[np.uint32],
+    vector: Words,
     streams: Iterable[Stream],
     *,
+    vectors: Sequence[Vector] = (),
     cipher: str = AES,
     first_word: int = 0,
     threads: int = 1,
 ) -> None:
     """Add words ``first_word`` to ``first_word + len(vector)`` of all streams to ``vector``.
 
-    In place, modulo 2^32. All streams are applied to a piece of the vector while it is in the
-    cache.
+    In place, modulo 2^32. Everything is applied to a piece of the vector while it is in the cache.
 
     Args:
         vector: contiguous, one axis; changed.
         streams: in any order; the result does not depend on it.
+        vectors: added as well; each as long as ``vector``, whose places count from 0 for them. They
+            are asked for at most 2 MiB at a time, by several threads.
         cipher: :data:`AES` or :data:`CHACHA20`.
         first_word: where in the streams the vector begins, in words of 4 bytes.
         threads: how many threads share the work, by whole segments.
@@ -106,6 +114,7 @@ def add_streams(
     Raises:
         ValueError: the vector is not of this kind or cannot be written to, the cipher is unknown,
             or a number is out of range. The vector is unchanged then.
+        Exception: what one of ``vectors`` raises. The vector is of no use then.
     """
     if vector.dtype != np.uint32 or vector.ndim != 1 or not vector.flags.c_contiguous:
         raise ValueError("the vector is not a contiguous uint32 array of one axis")
@@ -132,6 +141,11 @@ def add_streams(
             )
             for stream in streams
         ]
+        for start in range(0, part.size, _BLOCK_WORDS):
+            block = part[start : start + _BLOCK_WORDS]
+            first = low - first_word + start
+            for read in vectors:
+                np.add(block, read(first, first + block.size), out=block)
         scratch = scratches.pop()
         _apply(part, steps, scratch)
         scratches.append(scratch)
@@ -200,15 +214,15 @@ _Keystream = Callable[[bytes, int, int], CipherContext]
 _KEYSTREAMS: dict[str, _Keystream] = {AES: _by_ctr, CHACHA20: _by_chacha20}
 
 
-def _scratch() -> NDArray[np.uint32]:
+def _scratch() -> Words:
     """Room for a chunk of keystream and the block that ``update_into`` asks for beyond it."""
     return np.empty((_CHUNK_BYTES + _AES_BLOCK) // 4, np.dtype("<u4"))
 
 
 def _apply(
-    part: NDArray[np.uint32],
+    part: Words,
     steps: Sequence[tuple[CipherContext, np.ufunc]],
-    scratch: NDArray[np.uint32],
+    scratch: Words,
 ) -> None:
     target = scratch.view(np.uint8).data
     for start in range(0, part.size, _CHUNK_WORDS):

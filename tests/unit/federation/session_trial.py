@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Final
 
 import numpy as np
@@ -132,12 +131,11 @@ class Desk:
         assert ticket == self.tickets[site]
         self.arrived[site] = words
 
-    @contextlib.contextmanager
-    def take(self, site: str) -> Iterator[Iterator[Words]]:
+    def vector(self, site: str) -> Callable[[int, int], Words]:
         if site not in self.arrived:
             raise PeerError("its upload has 0 of 1 chunks", site=site)
-        words = self.arrived.pop(site)
-        yield iter([words[:4], words[4:]])
+        words = self.arrived[site]
+        return lambda first, end: words[first:end]
 
     def close(self) -> None:
         self.arrived.clear()

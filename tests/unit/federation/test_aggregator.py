@@ -66,7 +66,7 @@ class Round:
             session.receive(self.server.delivery(site))
             words = self.facts.plan.encode(update_of(site), weight_of(site))
             session.mask(words)
-            self.server.accept_vector(site, [words], words.size)
+            self.server.accept_vector(site, lambda a, b, words=words: words[a:b], words.size)
 
     def survivors(self) -> None:
         survivors = self.server.close()

@@ -137,6 +137,7 @@ class Job:
         self.progress: list[tuple[int, int]] = []
 
     def expect(self, size: int = SIZE, name: str = NAME) -> None:
+        self.size = size
         self.tickets = self.up.expect(name, size, SITES)
 
     def upload(self, words: Words, site: str = "bonn", **other: Any) -> None:
@@ -170,9 +171,8 @@ class Job:
         assert reply is not None
         return reply
 
-    def taken(self, site: str = "bonn") -> Words:
-        with self.up.take(site) as pieces:
-            return np.concatenate(list(pieces))
+    def taken(self, site: str = "bonn", size: int = 0) -> Words:
+        return self.up.vector(site)(0, size or self.size)
 
     @property
     def staging_files(self) -> list[Path]:
@@ -307,13 +307,8 @@ def test_an_upload_arrives_as_it_was(job: Job, size: int) -> None:
     job.expect(size)
     sent = numbers(size)
     job.upload(sent)
-    with job.up.take("bonn") as pieces:
-        lengths = [len(piece) for piece in pieces]
-    assert lengths == [min(CHUNK, size - first) for first in range(0, size, CHUNK)]
-    assert job.progress[-1] == (len(lengths), len(lengths))
-    assert [done for done, _ in job.progress] == [n + 1 for n in range(len(lengths))]
-    job.expect(size)
-    job.upload(sent)
+    chunks = -(-size // CHUNK)
+    assert job.progress == [(n + 1, chunks) for n in range(chunks)]
     np.testing.assert_array_equal(job.taken(), sent)
 
 
@@ -333,17 +328,25 @@ def test_a_chunk_has_two_mebibytes(
     job, sent = Job(tmp_path / "staging"), numbers(2**19 + 5)
     job.expect(len(sent))
     job.upload(sent)
-    with job.up.take("bonn") as pieces:
-        first, second = pieces
-    np.testing.assert_array_equal(np.concatenate([first, second]), sent)
-    assert (len(first), len(second)) == (2**19, 5)
+    assert job.progress == [(1, 2), (2, 2)]
+    np.testing.assert_array_equal(job.taken(), sent)
     job.up.close()
 
 
-def test_what_is_taken_is_words_that_nobody_can_change(job: Job) -> None:
+@given(
+    ends=st.tuples(st.integers(0, 40), st.integers(1, 41)).filter(lambda ends: ends[0] < ends[1])
+)
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_part_of_it_can_be_read(job: Job, ends: tuple[int, int]) -> None:
+    job.expect(41)
+    job.upload(numbers(41))
+    first, end = ends
+    np.testing.assert_array_equal(job.up.vector("bonn")(first, end), numbers(41)[first:end])
+
+
+def test_what_is_read_is_words_that_nobody_can_change(job: Job) -> None:
     job.upload(numbers())
-    with job.up.take("bonn") as pieces:
-        piece = next(pieces)
+    piece = job.up.vector("bonn")(0, CHUNK)
     assert piece.dtype == np.uint32
     assert not piece.flags.writeable
 
@@ -432,7 +435,6 @@ def test_the_answer_to_the_last_chunk_may_be_lost_even_if_all_was_taken_since(jo
     job.taken()
     assert not fault_of(job.ask(job.piece(2)))
     assert "over" in fault_of(job.ask(job.piece(2, b"\x09" * 8)))
-    assert job.open_files == len(SITES) - 1
 
 
 def _without(key: str) -> Callable[[dict[str, Any]], Any]:
@@ -593,23 +595,11 @@ def test_an_upload_that_is_not_complete_is_not_taken(job: Job) -> None:
     assert len(job.taken()) == SIZE
 
 
-def test_an_upload_is_taken_once(job: Job) -> None:
-    job.upload(numbers())
-    with job.up.take("bonn"), pytest.raises(PeerError, match="taken already"):
-        job.taken()
-    with pytest.raises(PeerError, match="taken already"):
-        job.taken()
-
-
-def test_staging_files_are_private_nameless_and_removed_when_taken(job: Job) -> None:
+def test_staging_files_are_private_and_nameless(job: Job) -> None:
     job.upload(numbers())
     assert stat.S_IMODE(job.folder.stat().st_mode) == 0o700
     assert list(job.folder.iterdir()) == []
     assert job.open_files == len(SITES)
-    with job.up.take("bonn") as pieces:
-        next(pieces)
-        assert job.open_files == len(SITES)
-    assert job.open_files == len(SITES) - 1
 
 
 def test_a_folder_that_was_open_to_others_is_closed_to_them(tmp_path: Path) -> None:
@@ -618,14 +608,6 @@ def test_a_folder_that_was_open_to_others_is_closed_to_them(tmp_path: Path) -> N
     desk.expect(NAME, SIZE, SITES)
     assert stat.S_IMODE((tmp_path / "staging").stat().st_mode) == 0o700
     desk.close()
-
-
-def test_an_upload_is_removed_if_whoever_takes_it_fails(job: Job) -> None:
-    job.upload(numbers())
-    with pytest.raises(ZeroDivisionError), job.up.take("bonn") as pieces:
-        next(pieces)
-        raise ZeroDivisionError
-    assert job.open_files == len(SITES) - 1
 
 
 def test_a_new_round_drops_what_was_staged(job: Job) -> None:
@@ -656,13 +638,13 @@ def test_the_end_leaves_the_files_of_others(job: Job) -> None:
     assert (job.folder / "note").exists()
 
 
-def test_the_end_may_come_while_an_upload_is_taken(job: Job) -> None:
+def test_the_end_may_come_while_an_upload_is_read(job: Job) -> None:
     job.upload(numbers())
-    with job.up.take("bonn") as pieces:
-        next(pieces)
-        job.up.close()
-        with pytest.raises(ServerError, match="dropped while it was read"):
-            next(pieces)
+    read = job.up.vector("bonn")
+    read(0, CHUNK)
+    job.up.close()
+    with pytest.raises(ServerError, match="dropped while it was read"):
+        read(0, CHUNK)
 
 
 def test_a_staging_file_that_changed_is_noticed(job: Job) -> None:
@@ -671,15 +653,16 @@ def test_a_staging_file_that_changed_is_noticed(job: Job) -> None:
     with file.open("r+b") as other:
         other.seek(20)
         other.write(bytes(4))
-    with job.up.take("bonn") as pieces:
-        next(pieces)
+    read = job.up.vector("bonn")
+    read(0, CHUNK)
+    for part in ((CHUNK, SIZE), (0, SIZE)):
         with pytest.raises(ServerError, match="not what was written"):
-            next(pieces)
+            read(*part)
     job.upload(numbers(), "leuven")
-    with job.up.take("leuven") as pieces, pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "pread", lambda *_: b"")
         with pytest.raises(ServerError, match="not what was written"):
-            next(pieces)
+            job.up.vector("leuven")(0, CHUNK)
 
 
 def test_a_staging_file_that_cannot_be_read_is_a_sentence(
@@ -690,8 +673,8 @@ def test_a_staging_file_that_cannot_be_read_is_a_sentence(
 
     job.upload(numbers())
     monkeypatch.setattr(os, "pread", broken)
-    with job.up.take("bonn") as pieces, pytest.raises(ServerError, match="Input/output error"):
-        next(pieces)
+    with pytest.raises(ServerError, match="Input/output error"):
+        job.up.vector("bonn")(0, CHUNK)
 
 
 # --- the server's disk ---------------------------------------------------------------------------
@@ -1142,7 +1125,7 @@ def test_many_sites_up_and_down_at_once_on_a_bad_day(tmp_path: Path) -> None:
             job.download(into, site)
             np.testing.assert_array_equal(into, model)
             job.upload(numbers(size, index), site, ticket=tickets[site])
-            np.testing.assert_array_equal(job.taken(site), numbers(size, index))
+            np.testing.assert_array_equal(job.taken(site, size), numbers(size, index))
         except BaseException as error:  # noqa: BLE001  shown below
             failures.append(error)
 
@@ -1152,7 +1135,7 @@ def test_many_sites_up_and_down_at_once_on_a_bad_day(tmp_path: Path) -> None:
     for thread in threads:
         thread.join(60)
     assert failures == []
-    assert job.open_files == 0
+    assert job.open_files == len(sites)
     job.up.close()
 
 

@@ -38,7 +38,7 @@ from fedgestalt.secagg import (
     binding,
 )
 from fedgestalt.secagg.keys import CIPHERTEXT_BYTES, PrivateKey, PublicKey
-from fedgestalt.secagg.stream import Stream
+from fedgestalt.secagg.stream import Stream, Vector
 
 NAMES: Final = tuple(f"site-{i:02d}" for i in range(16))
 LENIENT: Final = SitePolicy(minimum_survivors=2, threat_model=ThreatModel.HONEST_BUT_CURIOUS)
@@ -200,7 +200,7 @@ class Parties:
 
     def upload(self, *, without: Collection[str] = ()) -> None:
         for site in sorted(self.masked.keys() - set(without)):
-            self.server.accept_vector(site, pieces_of(self.masked[site]), self.masked[site].size)
+            self.server.accept_vector(site, vector_of(self.masked[site]), self.masked[site].size)
 
     def endorse(self, *, without: Collection[str] = ()) -> None:
         survivors = self.server.close()
@@ -255,9 +255,9 @@ def accept(server: ServerSession, site: str, message: Message) -> None:
     }[type(message)](site, message)
 
 
-def pieces_of(words: Words, size: int = 31) -> list[Words]:
-    """A vector as it is uploaded."""
-    return [words[start : start + size] for start in range(0, words.size, size)]
+def vector_of(words: Words) -> Vector:
+    """A vector as the server reads it."""
+    return lambda first, end: words[first:end]
 
 
 def copied(machine: Any) -> Any:
@@ -322,7 +322,7 @@ def open_sum(parties: Parties, losses: Losses | None = None) -> Opened:
     for site in gone(Lost.IN_MID_UPLOAD) - gone(Lost.AFTER_SHARES):
         part = parties.masked[site][:50]
         with refused(PeerError, "its vector has 50 words", by=site):
-            parties.server.accept_vector(site, pieces_of(part), part.size)
+            parties.server.accept_vector(site, vector_of(part), part.size)
     parties.upload(without=gone(Lost.IN_MID_UPLOAD))
     parties.endorse(without=gone(Lost.AFTER_UPLOAD))
     parties.unmask(without=gone(Lost.BEFORE_UNMASK))

@@ -30,6 +30,7 @@ from parties import (
     open_sum,
     plan_for,
     refused,
+    vector_of,
 )
 
 from fedgestalt.errors import ServerError, SiteError
@@ -204,7 +205,7 @@ def test_a_sum_that_was_ended_too_early_stays_closed_for_later_vectors() -> None
     with refused(ServerError, "2 of 3 sites have sent their vectors, 3 are needed"):
         parties.server.close()
     with refused(ServerError, "the sum stays closed"):
-        parties.server.accept_vector(NAMES[2], [parties.masked[NAMES[2]]], 79)
+        parties.server.accept_vector(NAMES[2], vector_of(parties.masked[NAMES[2]]), 79)
     with refused(ServerError, "the sum stays closed"):
         parties.server.close()
 

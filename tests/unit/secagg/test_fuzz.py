@@ -27,10 +27,10 @@ from parties import (
     accept,
     copied,
     facts_for,
-    pieces_of,
     refused,
     signed_header,
     signed_keys,
+    vector_of,
 )
 
 from fedgestalt.errors import FedgestaltError, PeerError, PlanError, ServerError
@@ -184,72 +184,62 @@ def _opens_the_same(
     assert given == copied(parties.sites[B]).unmask(parties.server.endorsements())
 
 
-def test_a_vector_in_wrong_pieces_is_refused_or_right() -> None:
+def test_a_wrong_vector_is_refused_or_leaves_the_sum_closed_or_is_right() -> None:
     states, _ = honest()
     chance, seen = random.Random(0), Counter[str]()  # noqa: S311  not for secrets
-    parties = states[Parties.upload].copy()
-    before, words = parties.server, parties.masked[B]
-    before.accept_vector(A, [parties.masked[A]], words.size)
+    words = states[Parties.upload].masked[B]
+    early, ready = states[Parties.upload].server, states[Parties.unmask].copy()
+    ready.unmask()
+    exact = copied(ready.server).total()
     for _ in range(EXAMPLES):
-        server = copied(before)
-        pieces, size = _wrong_pieces(chance, words)
-        try:
-            server.accept_vector(B, pieces, size)
-        except PeerError as error:
-            assert error.site == B  # noqa: PT017  to accept it may be right as well
-            assert np.array_equal(server._total, before._total)
-            assert server.arrived == {A}
-            server.accept_vector(B, [words], words.size)
-            assert np.array_equal(server._total, before._total + words)
+        vector, size = _wrong_vector(chance, words)
+        if size != words.size:
+            server = copied(early)
+            with pytest.raises(PeerError, match="its vector has") as refused:
+                server.accept_vector(B, vector_of(words), size)
+            assert refused.value.site == B
+            assert not server.arrived
             seen["size"] += 1
+            continue
+        server = copied(ready.server)
+        server._vectors[B] = lambda first, end, vector=vector: vector
+        try:
+            total = server.total()
         except ServerError as error:
-            assert "of site 'site-01' was added in part" in str(error)  # noqa: PT017  likewise
-            with pytest.raises(ServerError, match="was added in part"):
-                server.close()
-            seen["pieces"] += 1
-        else:
-            assert {(piece.ndim, piece.dtype) for piece in pieces} == {(1, words.dtype)}
-            assert np.array_equal(server._total, before._total + np.concatenate(pieces))
-            seen["harmless"] += 1
+            assert "the vector of site 'site-01' does not have" in str(error)  # noqa: PT017
+            with pytest.raises(ServerError, match="opened before"):
+                server.total()
+            seen["words"] += 1
+        else:  # as many words, so nobody can tell: the sum holds what came
+            assert np.array_equal(total, exact + vector - words)
+            seen["taken"] += 1
     assert seen.total() == EXAMPLES
     assert min(seen.values()) > EXAMPLES / 50
 
 
-def _wrong_pieces(chance: random.Random, words: Words) -> tuple[list[Any], int]:
-    pieces: list[Any] = list(pieces_of(words, chance.choice((7, 31, 78, 79))))
-    at, size = chance.randrange(len(pieces)), words.size
-    piece, by = pieces[at], chance.randrange(1, 40)
-    for _ in range(chance.randrange(1, 3)):
-        match chance.randrange(12):
-            case 0:
-                size = chance.choice((0, -1, size - 1, size + 1, 2**62, chance.randrange(200)))
-            case 1:
-                pieces[at] = piece[:-by]
-            case 2:
-                pieces[at] = np.concatenate([piece, piece[:by]])
-            case 3:
-                pieces.insert(at, piece[:0])
-            case 4:
-                pieces.append(piece)
-            case 5:
-                pieces.pop(min(at, len(pieces) - 1))
-            case 6:
-                pieces[at] = piece.astype(chance.choice(("<i4", ">u4", "<u8", "<i8", "u1")))
-            case 7:
-                pieces[at] = piece.reshape(chance.choice(((1, -1), (-1, 1), (1, 1, -1))))
-            case 8:
-                pieces[at] = piece.view(np.uint8)
-            case 9:
-                pieces[at] = np.ones((), np.uint32)
-            case 10:
-                pieces = [np.concatenate(pieces)] if all(p.ndim == 1 for p in pieces) else pieces
-            case _:
-                pieces.insert(at, np.zeros(chance.choice((1, 79, 1000)), np.uint32))
-        at = min(at, len(pieces) - 1)
-        if at < 0:
-            return pieces, size
-        piece = np.atleast_1d(pieces[at])
-    return pieces, size
+def _wrong_vector(chance: random.Random, words: Words) -> tuple[Any, int]:
+    at, by = chance.randrange(words.size), chance.randrange(1, 40)
+    match chance.randrange(8):
+        case 0:
+            sizes = (0, -1, words.size - 1, words.size + 1, 2**62, 80 + chance.randrange(200))
+            return words, chance.choice(sizes)
+        case 1:
+            return words[:-by], words.size
+        case 2:
+            return np.concatenate([words, words[:by]]), words.size
+        case 3:
+            return np.delete(words, at), words.size
+        case 4:
+            kind = chance.choice(("<i4", ">u4", "<u8", "<i8", "u1"))
+            return words.astype(kind), words.size
+        case 5:
+            return words.reshape(chance.choice(((1, -1), (-1, 1), (1, 1, -1)))), words.size
+        case 6:
+            return words.view(np.uint8), words.size
+        case _:
+            other = words.copy()
+            other[at] ^= np.uint32(1 << chance.randrange(32))
+            return other, words.size
 
 
 # --- lies under one's own signature --------------------------------------------------------------

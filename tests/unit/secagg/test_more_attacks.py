@@ -21,6 +21,7 @@ from parties import (
     signed_header,
     signed_keys,
     some_keys,
+    vector_of,
 )
 
 from fedgestalt.errors import PeerError, ServerError
@@ -268,7 +269,8 @@ def test_survivors_that_never_sent_a_vector_leave_a_masked_sum() -> None:
     facts = facts_for(4, plan=plan_for(4, 20_000))
     parties = Parties(facts).until(Parties.upload)
     parties.upload(without=[D])
-    parties.server._arrived.add(D)
+    words = np.zeros_like(parties.masked[D])
+    parties.server.accept_vector(D, vector_of(words), words.size)
     parties.endorse()
     parties.unmask()
     total = parties.server.total()

@@ -19,9 +19,9 @@ from parties import (
     accept,
     copied,
     facts_for,
-    pieces_of,
     plan_for,
     refused,
+    vector_of,
 )
 
 from fedgestalt.errors import PeerError, ServerError, SiteError
@@ -254,7 +254,7 @@ def calls(parties: Parties) -> dict[str, Callable[[], object]]:
             f"accept {kind.__name__}": functools.partial(accept, server, A, sent[kind])
             for kind in (KeyOffer, ShareOffer, Endorsement, UnmaskShares)
         },
-        "accept vector": lambda: server.accept_vector(A, pieces_of(words), words.size),
+        "accept vector": lambda: server.accept_vector(A, vector_of(words), words.size),
         "key_list": server.key_list,
         "delivery": lambda: server.delivery(A),
         "close": server.close,
@@ -377,7 +377,7 @@ def test_a_vector_that_comes_after_the_sum_was_closed_is_not_in_it() -> None:
     parties.server.close()
     words = parties.masked[C]
     with refused(PeerError, "site 'site-02': its vector came after the sum was closed.", by=C):
-        parties.server.accept_vector(C, [words], words.size)
+        parties.server.accept_vector(C, vector_of(words), words.size)
     parties.endorse()
     parties.unmask()
     assert np.array_equal(parties.server.total(), parties.sum_of((A, B)))
@@ -416,58 +416,63 @@ def test_a_wrong_message_does_not_keep_the_right_one_out(kind: type) -> None:
 def test_a_vector_of_another_size_leaves_the_sum_as_it_was(size: int) -> None:
     parties = before(Parties.upload)
     with refused(PeerError, f"its vector has {size} words, the plan 79.", by=A):
-        parties.server.accept_vector(A, iter([]), size)
+        parties.server.accept_vector(A, vector_of(parties.masked[A]), size)
     assert np.array_equal(finished(parties, Parties.upload), parties.sum_of(NAMES[:3]))
 
 
-def broken_off() -> Iterator[Words]:
-    yield np.ones(40, np.uint32)
+def broken_off(first: int, end: int) -> Words:
     raise ConnectionError
 
 
-PIECES: dict[str, Callable[[], Any]] = {
-    "none": list,
-    "too few": lambda: [np.ones(78, np.uint32)],
-    "one too many": lambda: [np.ones(79, np.uint32), np.ones(1, np.uint32)],
-    "one too long": lambda: [np.ones(40, np.uint32), np.ones(40, np.uint32)],
-    "signed": lambda: [np.ones(79, np.int32)],
-    "floats": lambda: [np.ones(79, np.float32)],
-    "of the other byte order": lambda: [np.ones(79, np.dtype(np.uint32).newbyteorder())],
-    "of two axes": lambda: [np.ones((1, 79), np.uint32)],
-    "standing": lambda: [np.ones((79, 1), np.uint32)],
-    "a number": lambda: [np.ones((), np.uint32)],
+VECTORS: dict[str, Callable[[int, int], Any]] = {
+    "nothing": lambda first, end: np.zeros(0, np.uint32),
+    "too few": lambda first, end: np.ones(end - first - 1, np.uint32),
+    "one too many": lambda first, end: np.ones(end - first + 1, np.uint32),
+    "signed": lambda first, end: np.ones(end - first, np.int32),
+    "floats": lambda first, end: np.ones(end - first, np.float32),
+    "of the other byte order": lambda first, end: np.ones(
+        end - first, np.dtype(np.uint32).newbyteorder()
+    ),
+    "of two axes": lambda first, end: np.ones((1, end - first), np.uint32),
+    "standing": lambda first, end: np.ones((end - first, 1), np.uint32),
+    "a number": lambda first, end: np.ones((), np.uint32),
     "broken off": broken_off,
 }
 
 
-@pytest.mark.parametrize("pieces", PIECES)
-def test_a_vector_that_was_added_in_part_ends_the_session(pieces: str) -> None:
+@pytest.mark.parametrize("vector", VECTORS)
+def test_a_vector_that_cannot_be_read_any_more_leaves_the_sum_closed(vector: str) -> None:
     parties = before(Parties.upload)
-    parties.upload(without=[B, C])
-    says = "session: the vector of site 'site-01' was added in part; begin a new round."
+    parties.upload(without=[B])
+    parties.server.accept_vector(B, VECTORS[vector], 79)
+    parties.endorse()
+    parties.unmask()
     with pytest.raises((ServerError, ConnectionError)) as caught:
-        parties.server.accept_vector(B, PIECES[pieces](), 79)
+        parties.server.total()
+    says = (
+        "session: the vector of site 'site-01' does not have its words 0 to 79; begin a new round."
+    )
     assert str(caught.value) in (says, "")
-    assert parties.server.arrived == {A}
-    words = parties.masked[C]
-    for again in (
-        lambda: parties.server.accept_vector(B, [parties.masked[B]], 79),
-        lambda: parties.server.accept_vector(C, [words], words.size),
-        parties.server.close,
-        parties.server.total,
-    ):
-        with refused(ServerError, says):
+    for again in (parties.server.close, parties.server.total):
+        with refused(ServerError, "session: the sum was opened before; begin a new round."):
             again()
 
 
-@pytest.mark.parametrize("size", [1, 2, 31, 78, 79, 1000])
-def test_a_vector_may_come_in_pieces_of_any_size(size: int) -> None:
+def test_of_a_vector_nothing_is_read_before_the_sum_is_opened() -> None:
     parties = before(Parties.upload)
-    for site, words in parties.masked.items():
-        parties.server.accept_vector(site, iter([words[:0], *pieces_of(words, size)]), 79)
+    asked = []
+
+    def vector(first: int, end: int) -> Words:
+        asked.append((first, end))
+        return parties.masked[B][first:end]
+
+    parties.upload(without=[B])
+    parties.server.accept_vector(B, vector, 79)
     parties.endorse()
     parties.unmask()
+    assert not asked
     assert np.array_equal(parties.server.total(), parties.sum_of(NAMES[:3]))
+    assert asked == [(0, 79)]
 
 
 # --- what all agree on ---------------------------------------------------------------------------

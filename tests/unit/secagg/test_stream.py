@@ -304,6 +304,31 @@ def test_there_are_no_more_threads_than_asked_for(build_machine: BuildMachine) -
     assert len(seen) <= 2
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("first", [0, 70_001])
+def test_vectors_that_lie_elsewhere_are_added_as_well(first: int, threads: int) -> None:
+    count = 2 * SEGMENT + 150_003
+    others = [some_vector(count), some_vector(count)[::-1].copy()]
+    asked: list[int] = []
+
+    def read(first: int, end: int) -> Any:
+        asked.append(end - first)
+        return others[0][first:end]
+
+    vector = some_vector(count)
+    add_streams(
+        vector,
+        [Stream(KEY)],
+        vectors=[read, lambda first, end: others[1][first:end]],
+        first_word=first,
+        threads=threads,
+    )
+    stream = specified(AES, KEY)[first : first + count]
+    assert np.array_equal(vector, some_vector(count) + others[0] + others[1] + stream)
+    assert sum(asked) == count
+    assert max(asked) == 2**19
+
+
 WRONG: list[tuple[str, dict[str, Any]]] = [
     ("uint32", {"vector": np.zeros(8, np.int32)}),
     ("uint32", {"vector": np.zeros(8, np.float32)}),

@@ -214,13 +214,14 @@ class UploadDesk:
             staging = self._staged.get(site)
         return staging.received if staging else (0, 0)
 
-    @contextlib.contextmanager
-    def take(self, site: str) -> Iterator[Iterator[Words]]:
-        """A site's upload in order, as read-only arrays of a chunk each; it is removed afterwards.
+    def vector(self, site: str) -> Callable[[int, int], Words]:
+        """A site's upload, complete: gives its words from the first number to before the second.
+
+        Any thread may call what is returned, until the next round or :meth:`close`. It raises
+        ServerError if what is read is not what was written.
 
         Raises:
-            PeerError: it is not complete, or was taken before.
-            ServerError: what is read is not what was written.
+            PeerError: the upload is not complete.
         """
         with self._lock:
             staging = self._staged.get(site)
@@ -231,12 +232,7 @@ class UploadDesk:
             raise PeerError(
                 f"its upload has {have} of {all_} chunks", site=site, remedy="look at its log"
             )
-        if not staging.begin_to_read():
-            raise PeerError("its upload was taken already", site=site)
-        try:
-            yield staging.read()
-        finally:
-            staging.close()
+        return staging.read
 
     def close(self) -> None:
         """Remove everything; every later request is refused."""
@@ -276,7 +272,7 @@ class _Staging:
         self._file: int | None = file
         self._size, self._ticket = size, ticket
         self._sums: list[int | None] = [None] * chunk_count(size)
-        self._have, self._reading = 0, False
+        self._have = 0
         self._lock = threading.Lock()
 
     @property
@@ -309,19 +305,19 @@ class _Staging:
             self._sums[piece.chunk] = piece.checksum
             self._have += known is None
 
-    def begin_to_read(self) -> bool:
-        with self._lock:
-            mine = not self._reading and self._file is not None
-            self._reading = True
-        return mine
+    def read(self, first: int, end: int) -> Words:
+        """Words ``first`` to before ``end``, of whole chunks that are checked."""
+        chunks = range(first // CHUNK_WORDS, chunk_count(end))
+        words = [self._checked(chunk) for chunk in chunks]
+        start = first - chunks.start * CHUNK_WORDS
+        return (words[0] if len(words) == 1 else np.concatenate(words))[start : start + end - first]
 
-    def read(self) -> Iterator[Words]:
-        for chunk, checksum in enumerate(self._sums):
-            first, last = _bounds(chunk, self._size)
-            content = self._read(first * WORD_BYTES, (last - first) * WORD_BYTES)
-            if zlib.crc32(content) != checksum:
-                raise ServerError("a staging file is not what was written to it", where="server")
-            yield np.frombuffer(content, np.uint32)
+    def _checked(self, chunk: int) -> Words:
+        low, high = _bounds(chunk, self._size)
+        content = self._read(low * WORD_BYTES, (high - low) * WORD_BYTES)
+        if zlib.crc32(content) != self._sums[chunk]:
+            raise ServerError("a staging file is not what was written to it", where="server")
+        return np.frombuffer(content, np.uint32)
 
     def _read(self, offset: int, count: int) -> bytes:
         with self._lock:  # the number of a file that was closed may be another file's by now

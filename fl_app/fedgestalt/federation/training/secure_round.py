@@ -66,7 +66,7 @@ class SecureRounds:
         uploads: where the masked vectors arrive.
         members: all sites that have joined; may grow.
         minimum_sites: fewest sites with which a session is begun.
-        threads: for taking streams off the sum.
+        threads: for the sum.
         warn: takes a sentence for the administrator.
     """
 
@@ -100,8 +100,7 @@ class SecureRounds:
         def add(site: str, fields: object) -> None:
             if Uploaded.from_fields(fields, from_site(site)).session != facts.digest:
                 raise PeerError("its upload is of another session", site=site)
-            with self._uploads.take(site) as pieces:
-                session.accept_vector(site, pieces, size)
+            session.accept_vector(site, self._uploads.vector(site), size)
 
         try:
             boxes = {s: SendVector(tickets[s], session.delivery(s)) for s in facts.sites}
