@@ -150,10 +150,24 @@ class MatchingJob(JobSpec):
     workflow: ClassVar[str] = "fedgestalt.federation.matching.workflow.FlakeSimilarityWorkflow"
     executor: ClassVar[str] = "fedgestalt.federation.matching.executor.FlakeMatcher"
 
+    purpose: ClassVar[str] = "match"
+
     ensemble: str = Field(
         default="", pattern=r"^([0-9a-f]{64})?$", description="digest of a published ensemble"
     )
     strategy: str = Field(default="isometry", description="name of a matching strategy plugin")
+    kernel: Literal["session", "standing"] = Field(
+        default="session",
+        description="session: kernel and gallery end with the job; standing: both stay, so that"
+        " later jobs and later hospitals use them",
+    )
+    rotate: bool = Field(
+        default=False,
+        description="agree on a new version of the standing kernel; all sites enrol anew",
+    )
+    sponsor: str = Field(
+        default="", max_length=200, description="who hands the standing kernel to sites without it"
+    )
     released_rows: int = Field(
         default=200, ge=0, description="best rows per query; 0 releases all, for evaluations"
     )
@@ -161,14 +175,46 @@ class MatchingJob(JobSpec):
 
     def workflow_arguments(self) -> dict[str, Any]:
         """See :class:`JobSpec`."""
-        return self.model_dump(mode="json", exclude={"minimum_sites"})
+        return {**self.model_dump(mode="json"), "purpose": self.purpose}
 
     def executor_arguments(self) -> dict[str, Any]:
         """See :class:`JobSpec`."""
-        return {}
+        return {"phase_limit_seconds": self.phase_limit_seconds}
+
+    @classmethod
+    def from_arguments(
+        cls,
+        arguments: Mapping[str, Any],
+        components: Mapping[str, Mapping[str, Any]],  # noqa: ARG003
+        minimum_sites: int,  # noqa: ARG003  the workflow's own says the same
+    ) -> dict[str, Any]:
+        """See :class:`JobSpec`."""
+        return {k: v for k, v in arguments.items() if k != "purpose"}
 
 
-JOBS: Mapping[str, type[JobSpec]] = {job.template: job for job in (TrainingJob, MatchingJob)}
+class OnboardingJob(MatchingJob):
+    """Bring hospitals in that were not in training: they get ensemble and kernel, and match."""
+
+    template: ClassVar[str] = "onboard"
+    summary: ClassVar[str] = "bring in hospitals that took no part in training, and match"
+    purpose: ClassVar[str] = "onboard"
+
+    kernel: Literal["standing"] = Field(default="standing", description="always standing")
+
+
+class GalleryJob(MatchingJob):
+    """Bring the standing gallery up to date: enrol, withdraw, rotate the kernel; asks nothing."""
+
+    template: ClassVar[str] = "gallery"
+    summary: ClassVar[str] = "bring the standing gallery up to date: enrol, withdraw, rotate"
+    purpose: ClassVar[str] = "gallery"
+
+    kernel: Literal["standing"] = Field(default="standing", description="always standing")
+
+
+JOBS: Mapping[str, type[JobSpec]] = {
+    job.template: job for job in (TrainingJob, MatchingJob, OnboardingJob, GalleryJob)
+}
 
 
 def template_folder() -> Path:
@@ -307,11 +353,10 @@ def read_job(folder: Path) -> JobSpec:
     files = {relative: _read_json(folder / relative) for relative in (_META, _SERVER, _CLIENT)}
     workflows = files[_SERVER].get("workflows")
     workflow = workflows[0] if isinstance(workflows, list) and workflows else None
-    path = workflow.get("path") if isinstance(workflow, dict) else None
-    known = {job.workflow: job for job in JOBS.values()}
-    if not isinstance(workflow, dict) or not isinstance(path, str) or path not in known:
+    named = workflow.get("id") if isinstance(workflow, dict) else None
+    job_type = JOBS.get(named) if isinstance(named, str) else None
+    if not isinstance(workflow, dict) or not job_type or workflow.get("path") != job_type.workflow:
         raise ConfigError("is no job of this project", where=str(folder / _SERVER))
-    job_type = known[path]
     minimum = files[_META].get("min_clients", 3)
     arguments = workflow.get("args", {})
     if not isinstance(arguments, dict):

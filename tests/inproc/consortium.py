@@ -472,7 +472,7 @@ class _Engine:
         return {target: self.bus.ask(self.name, target, topic, request) for target in targets}
 
 
-_DRAWS_OR_BUILDS = {"fgm_join", "fgm_train", "fgm_publish", "fgm_match_start", "fgm_encode"}
+_DRAWS_OR_BUILDS = {"fgm_join", "fgm_train", "fgm_publish", "fgm_match_start", "fgm_enrol"}
 """Tasks that use torch, of which only one may run at a time: sites are processes of their own
 elsewhere, and share torch's random state here."""
 

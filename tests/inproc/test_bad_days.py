@@ -290,12 +290,12 @@ def test_a_server_that_moves_a_label_to_another_row_is_caught(
 @pytest.mark.parametrize(
     ("task", "key", "value", "expected"),
     [
-        ("fgm_encode", "rows", lambda r: r * 2, "not of length 1"),
-        ("fgm_encode", "rows", lambda r: r * np.nan, "NaN"),
-        ("fgm_encode", "handles", lambda h: h[1:], "do not go with"),
-        ("fgm_encode", "kernel", "0" * 32, "kernel differs"),
+        ("fgm_enrol", "rows", lambda r: r * 2, "not of length 1"),
+        ("fgm_enrol", "rows", lambda r: r * np.nan, "NaN"),
+        ("fgm_enrol", "handles", lambda h: h[1:], "do not go with"),
+        ("fgm_enrol", "kernel", "0" * 32, "it enrolled under kernel 0000"),
         ("fgm_kernel_seal", "boxes", lambda b: {}, "not for the agreed roster"),
-        ("fgm_kernel_seal", "boxes", lambda b: dict.fromkeys(b, bytes(48)), "does not open"),
+        ("fgm_kernel_seal", "boxes", lambda b: dict.fromkeys(b, bytes(1136)), "does not open"),
         ("fgm_kernel_keys", "session", bytes(32), "another session"),
     ],
 )

@@ -85,7 +85,7 @@ def test_ranks_through_masked_flake_equal_ranks_from_plaintext_encodings(
     everything = np.concatenate(list(encodings.values())).astype(np.float64)
     syndromes = np.concatenate([order.syndromes for order in orders.values()])
     roles = np.concatenate([order.roles for order in orders.values()])
-    kernel = both_jobs.matching.outcome["kernel"]
+    job = both_jobs.matching.outcome["job"]
     compared = 0
     for site, order in orders.items():
         queries = slice(0, order.queries)
@@ -96,7 +96,7 @@ def test_ranks_through_masked_flake_equal_ranks_from_plaintext_encodings(
             syndromes,
             roles,
         )
-        stored = json.loads((consortium.store(site) / "matches" / f"{kernel}.json").read_text())
+        stored = json.loads((consortium.store(site) / "matches" / f"{job}.json").read_text())
         assert [t["ranks"] for t in stored["tables"]] == [t.ranks.tolist() for t in plain]
         assert [t["rows"] for t in stored["tables"]] == [t.rows.tolist() for t in plain]
         compared += sum(len(t.ranks) for t in plain)
@@ -112,10 +112,10 @@ def test_a_run_is_a_function_of_data_and_seed(both_jobs: BothJobs, tmp_path) -> 
 
 def test_two_sessions_mask_the_same_images_differently(both_jobs: BothJobs) -> None:
     first = both_jobs.matching
-    job_rows = first.replies("fgm_encode")
+    job_rows = first.replies("fgm_enrol")
     again = both_jobs.consortium.run(MatchingJob(ensemble=both_jobs.training.outcome["ensemble"]))
     assert again.outcome["kernel"] != first.outcome["kernel"]
-    for site, fields in again.replies("fgm_encode").items():
+    for site, fields in again.replies("fgm_enrol").items():
         assert fields["rows"].shape == job_rows[site]["rows"].shape
         assert np.abs(fields["rows"] - job_rows[site]["rows"]).max() > 0.01
 

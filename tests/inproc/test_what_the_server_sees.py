@@ -138,12 +138,13 @@ def test_the_update_search_finds_an_update_that_is_sent_unmasked(
 
 def test_no_embedding_reaches_the_server(both_jobs: BothJobs, secrets: dict) -> None:
     received = both_jobs.training.received + both_jobs.matching.received
-    rows = both_jobs.matching.replies("fgm_encode")
+    rows = both_jobs.matching.replies("fgm_enrol")
     for site, secret in secrets.items():
         assert len(list(pieces_of(secret.encodings))) > 10
         for dtype in (np.float32, np.float64, np.float16):
             assert found_in(received, pieces_of(secret.encodings.astype(dtype))) == 0, site
-        masked, plain = rows[site]["rows"], secret.encodings
+        plain = secret.encodings
+        masked = rows[site]["rows"][: len(plain)]  # behind them are planted rows
         assert masked.shape == plain.shape
         assert np.abs((masked * plain).sum(1)).max() < 0.9, "a masked row points where its own does"
         sums = np.corrcoef(masked.sum(1), plain.sum(1))[0, 1]
@@ -161,10 +162,10 @@ def test_no_label_subject_or_image_name_reaches_the_server(
 
 
 def test_the_same_label_never_looks_the_same(both_jobs: BothJobs) -> None:
-    sealed = [f["labels"] for f in both_jobs.matching.replies("fgm_encode").values()]
+    sealed = [f["labels"] for f in both_jobs.matching.replies("fgm_enrol").values()]
     rows = np.concatenate(sealed)
     assert len(np.unique(rows, axis=0)) == len(rows)
-    for part in (rows[:, :12], rows[:, 12:20], rows[:, 20:]):
+    for part in (rows[:, :12], rows[:, 12:20], rows[:, 20:100], rows[:, 100:]):
         assert len(np.unique(part, axis=0)) == len(rows)
 
 
@@ -183,9 +184,14 @@ def test_replies_hold_nothing_but_the_agreed_fields(both_jobs: BothJobs) -> None
         "fgm_apply": {"schema", "record", "signature"},
         "fgm_publish": {"schema", "digest", "doubtful_labels"},
         "fgm_match_start": present,
-        "fgm_kernel_keys": {"schema", "session", "public_key"},
+        "fgm_kernel_holdings": {"schema", "kernels", "has_ensemble", "layout"},
+        "fgm_kernel_keys": {"schema", "session", "public_key", "signature"},
         "fgm_kernel_seal": {"schema", "boxes"},
-        "fgm_encode": {"schema", "kernel", "queries", "rows", "handles", "labels"},
+        "fgm_kernel_agree": {"schema", "kernel"},
+        "fgm_enrol": {
+            *("schema", "kernel", "removed", "rows", "handles", "labels", "queries", "signature")
+        },
+        "fgm_consider": {"schema", "kernel", "signature"},
         "fgm_rank": {"schema", "kernel"},
     }
     received = both_jobs.training.received + both_jobs.matching.received
@@ -254,7 +260,7 @@ def test_the_kernel_seed_is_in_no_message_in_either_direction(both_jobs: BothJob
     boxes = [f["boxes"] for f in run.replies("fgm_kernel_seal").values()]
     contributions = [box for by_peer in boxes for box in by_peer.values()]
     assert len(set(contributions)) == len(contributions) == 6
-    assert all(len(box) == 48 for box in contributions)
+    assert all(len(box) == 1088 + 32 + 16 for box in contributions)
     assert uniformity_of_bytes(b"".join(contributions))
 
 
@@ -277,16 +283,19 @@ def test_a_masked_upload_is_uniform_and_the_same_upload_unmasked_is_not(
 
 def test_a_site_gets_scores_for_its_own_queries_only(both_jobs: BothJobs) -> None:
     run = both_jobs.matching
-    asked = {site: f["queries"] for site, f in run.replies("fgm_encode").items()}
+    asked = {site: f["queries"] for site, f in run.replies("fgm_enrol").items()}
     for site, task, data in run.sent:
         if task == "fgm_rank":
-            assert data["fedgestalt"]["scores"].shape[0] == asked[site]
+            assert data["fedgestalt"]["scores"].shape[0] == len(asked[site])
 
 
 def test_a_released_row_does_not_say_which_site_holds_it(both_jobs: BothJobs) -> None:
     released = [d["fedgestalt"] for _, task, d in both_jobs.matching.sent if task == "fgm_rank"]
     for fields in released:
-        assert set(fields) == {"schema", "handles", "labels", "columns", "scores"}
+        assert set(fields) == {
+            *("schema", "handles", "labels", "columns", "scores"),
+            *("withdrawn", "consents", "certificates"),
+        }
 
 
 def test_no_log_line_names_an_image_subject_or_label(both_jobs: BothJobs, secrets: dict) -> None:

@@ -19,7 +19,7 @@ ROOTS = ("fl_app", "plugins", "provisioning")
 # From the inside out; a part may import itself and what stands on lower floors.
 FLOORS = (
     {"errors"},
-    {"contracts", "messages", "console"},
+    {"contracts", "messages", "console", "keys"},
     {"hooks"},
     {"cohort"},
     {"learning", "secagg", "similarity"},
@@ -43,7 +43,7 @@ READS_OR_WRITES = {
     *("read_text", "write_text", "read_bytes", "write_bytes", "tofile", "fromfile", "memmap"),
     *("save", "savez", "savez_compressed", "savetxt", "load", "loadtxt", "genfromtxt"),
 }
-PURE = ("fedgestalt.secagg", "fedgestalt.similarity")
+PURE = ("fedgestalt.keys", "fedgestalt.secagg", "fedgestalt.similarity")
 
 
 @dataclass(frozen=True)

@@ -86,9 +86,9 @@ class SiteMatches:
     queries: tuple[dict[str, Any], ...]
 
 
-def read_matches(hospital: Hospital, kernel: str) -> SiteMatches:
-    """Read what a site stored about the session of ``kernel``."""
-    path = hospital.store / "matches" / f"{kernel}.json"
+def read_matches(hospital: Hospital, job: str) -> SiteMatches:
+    """Read what a site stored about a matching job."""
+    path = hospital.store / "matches" / f"{job}.json"
     content = json.loads(path.read_text(encoding="utf-8"))
     ranked = tuple(
         Ranked(

@@ -82,5 +82,8 @@ def gram_view(file: Path, cohort: Cohort, matches: Mapping[str, SiteMatches]) ->
     }
     with np.load(file, allow_pickle=False) as data:
         gram, handles = data["gram"], data["handles"]
-    facts = [known[handle.tobytes().hex()] for handle in handles]
-    return GramView(gram, tuple(f[0] for f in facts), tuple(f[1] for f in facts))
+    named = [row for row, handle in enumerate(handles) if handle.tobytes().hex() in known]
+    facts = [known[handles[row].tobytes().hex()] for row in named]  # the others are planted rows
+    return GramView(
+        gram[np.ix_(named, named)], tuple(f[0] for f in facts), tuple(f[1] for f in facts)
+    )

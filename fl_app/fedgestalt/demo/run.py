@@ -151,9 +151,9 @@ def _run(settings: DemoSettings, steps: Steps, work: Path) -> Result:
         if len(settings.seeds) > 1:
             steps.say(f"Seed {seed} ({index + 1} of {len(settings.seeds)})")
         run = _SeedRun(cohort, names, settings.split, seed, folder, steps)
-        spec, kernel, trained, matched = run.federate()
+        spec, trained, matched = run.federate()
         rounds += [_round_facts(seed, record) for record in trained["rounds"]]
-        site_matches = {h.name: read_matches(h, kernel) for h in run.hospitals}
+        site_matches = {h.name: read_matches(h, matched["job"]) for h in run.hospitals}
         for found in site_matches.values():
             ledger.add("federated", index, found.cohort, found.image_ids, found.ranked)
         run.compare(spec, trained, ledger, index)
@@ -229,15 +229,15 @@ class _SeedRun:
 
         return run_folder(self._folder / "match") / GRAM_FILE
 
-    def federate(self) -> tuple[EnsembleSpec, str, dict[str, Any], dict[str, Any]]:
-        """Run both jobs; returns the ensemble, the kernel id and both outcomes."""
+    def federate(self) -> tuple[EnsembleSpec, dict[str, Any], dict[str, Any]]:
+        """Run both jobs; returns the ensemble and both outcomes."""
         spec = default_ensemble(self._seed)
         trained = self._job(
             "train", "Hospitals train together under masks", TrainingJob(ensemble=spec, **_LIMIT)
         )
         job = MatchingJob(ensemble=trained["ensemble"], released_rows=0, keep_gram=True, **_LIMIT)
         matched = self._job("match", "Hospitals match their patients through FLAKE", job)
-        return spec, str(matched["kernel"]), trained, matched
+        return spec, trained, matched
 
     def _job(self, key: str, title: str, job: JobSpec) -> dict[str, Any]:
         from fedgestalt.federation.operations.simulation import run_simulated_job

@@ -6,7 +6,15 @@ from collections.abc import Mapping
 from typing import Final
 
 from fedgestalt.federation.job.handshake import Present
-from fedgestalt.federation.matching.messages import MaskedRows, Ranked
+from fedgestalt.federation.matching.messages import (
+    Consent,
+    Enrolment,
+    EnsembleSent,
+    HandedOver,
+    Holdings,
+    KernelReady,
+    Ranked,
+)
 from fedgestalt.federation.training.messages import Published, Receipt, Trained, Uploaded
 from fedgestalt.messages import Message
 from fedgestalt.secagg import Endorsement, KeyOffer, ShareOffer, UnmaskShares
@@ -17,8 +25,11 @@ TASK_PREFIX: Final = "fgm_"
 JOIN, TRAIN, APPLY, PUBLISH = "fgm_join", "fgm_train", "fgm_apply", "fgm_publish"
 KEYS, SHARES, VECTOR = "fgm_keys", "fgm_shares", "fgm_vector"
 SURVIVORS, UNMASK = "fgm_survivors", "fgm_unmask"
-START, KERNEL_KEYS, SEAL = "fgm_match_start", "fgm_kernel_keys", "fgm_kernel_seal"
-ENCODE, RANK = "fgm_encode", "fgm_rank"
+START, HOLDINGS = "fgm_match_start", "fgm_kernel_holdings"
+KERNEL_KEYS, SEAL, AGREE = "fgm_kernel_keys", "fgm_kernel_seal", "fgm_kernel_agree"
+HAND_OVER, SEND_ENSEMBLE = "fgm_kernel_hand_over", "fgm_ensemble_send"
+TAKE_OVER = "fgm_kernel_take_over"
+ENROL, CONSIDER, RANK = "fgm_enrol", "fgm_consider", "fgm_rank"
 
 ANSWERS: Final[Mapping[str, type[Message]]] = {
     JOIN: Present,
@@ -32,8 +43,14 @@ ANSWERS: Final[Mapping[str, type[Message]]] = {
     PUBLISH: Published,
     START: Present,
     KERNEL_KEYS: KernelKey,
+    HOLDINGS: Holdings,
     SEAL: SealedContributions,
-    ENCODE: MaskedRows,
+    AGREE: KernelReady,
+    HAND_OVER: HandedOver,
+    SEND_ENSEMBLE: EnsembleSent,
+    TAKE_OVER: KernelReady,
+    ENROL: Enrolment,
+    CONSIDER: Consent,
     RANK: Ranked,
 }
 
@@ -49,8 +66,14 @@ PHASES: Final[Mapping[str, str]] = {
     PUBLISH: "the sites store the model",
     START: "the sites say what they would work with",
     KERNEL_KEYS: "the sites agree on a kernel",
+    HOLDINGS: "the sites say which kernels they hold",
     SEAL: "the sites agree on a kernel",
-    ENCODE: "the sites encode their patients",
+    AGREE: "the sites agree on a kernel",
+    HAND_OVER: "a site passes its kernel on",
+    SEND_ENSEMBLE: "a site passes the ensemble on",
+    TAKE_OVER: "the newcomers take kernel and ensemble over",
+    ENROL: "the sites encode their patients",
+    CONSIDER: "the sites consider what is asked and withdrawn",
     RANK: "the sites rank their patients",
 }
 """What each task is about, for people."""

@@ -26,6 +26,11 @@ Encodings = NDArray[np.float32]
 _IMAGES_AT_A_TIME = 256
 
 
+def layout_of(ensemble: Ensemble) -> str:
+    """How an encoding is made up: test-time variants and size of each member's vectors."""
+    return "-".join(f"{len(TEST_VARIANTS)}x{m.embedding_size}" for m in ensemble.members)
+
+
 def encode(
     ensemble: Ensemble,
     faces: Faces,

@@ -7,12 +7,15 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from fedgestalt import RESEARCH_USE_ONLY, __version__
-from fedgestalt.errors import ConfigError, SiteError
+from fedgestalt.errors import ConfigError, ServerError, SiteError
 from fedgestalt.hooks.registry import Registry, read_options
+from fedgestalt.keys import seal, unseal
 from fedgestalt.learning.ensemble import (
     Ensemble,
     Outline,
@@ -23,6 +26,7 @@ from fedgestalt.learning.ensemble import (
 from fedgestalt.learning.spec import EnsembleSpec
 
 _SCHEMA = "fedgestalt.ensemble/1"
+_LENGTH_BYTES = 8
 _MANIFEST, _WEIGHTS = "ensemble.json", "weights.safetensors"
 
 
@@ -55,10 +59,7 @@ def save_ensemble(folder: Path, ensemble: Ensemble | Outline, state: SharedState
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     except (OSError, SafetensorError) as error:
-        raise SiteError(
-            f"the ensemble cannot be stored ({reason_of(error)})",
-            remedy="free disk space; ensembles stored earlier are untouched",
-        ) from None
+        raise _cannot_store(error) from None
     return digest
 
 
@@ -98,3 +99,62 @@ def load_ensemble(folder: Path, registry: Registry) -> tuple[Ensemble, str]:
             remedy="install the plugin versions it was trained with, or fetch it again",
         )
     return ensemble, digest
+
+
+def ensemble_to_words(folder: Path, key: bytes) -> NDArray[np.uint32]:
+    """A stored ensemble, sealed, as words for a transfer.
+
+    Args:
+        folder: see :func:`save_ensemble`.
+        key: 32 bytes, for this alone.
+
+    Raises:
+        SiteError: there is none in ``folder``.
+    """
+    try:
+        manifest, weights = ((folder / name).read_bytes() for name in (_MANIFEST, _WEIGHTS))
+    except OSError as error:
+        raise SiteError(f"the ensemble cannot be read ({error.strerror})") from None
+    plain = len(manifest).to_bytes(_LENGTH_BYTES, "little") + manifest + weights
+    sealed = seal(key, plain, _SCHEMA.encode())
+    padded = len(sealed).to_bytes(_LENGTH_BYTES, "little") + sealed
+    return np.frombuffer(padded + bytes(-len(padded) % 4), np.uint32)
+
+
+def ensemble_from_words(
+    words: NDArray[np.uint32], key: bytes, folder: Path, registry: Registry
+) -> None:
+    """Store an ensemble that came sealed; ``folder`` is named by its digest.
+
+    Raises:
+        ServerError: it does not open, or is another ensemble.
+        SiteError: it cannot be stored.
+    """
+    content = words.tobytes()
+    size = int.from_bytes(content[:_LENGTH_BYTES], "little")
+    plain = unseal(key, content[_LENGTH_BYTES : _LENGTH_BYTES + size], _SCHEMA.encode())
+    if plain is None:
+        raise ServerError("the sealed ensemble does not open: it was altered", where="server")
+    start = _LENGTH_BYTES + int.from_bytes(plain[:_LENGTH_BYTES], "little")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".ensemble-"))
+    except OSError as error:
+        raise _cannot_store(error) from None
+    try:
+        (temporary / _MANIFEST).write_bytes(plain[_LENGTH_BYTES:start])
+        (temporary / _WEIGHTS).write_bytes(plain[start:])
+        if load_ensemble(temporary, registry)[1] != folder.name:
+            raise ServerError("the sealed ensemble is not the one that the job names")
+        temporary.replace(folder)
+    except OSError as error:
+        raise _cannot_store(error) from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _cannot_store(error: Exception) -> SiteError:
+    return SiteError(
+        f"the ensemble cannot be stored ({reason_of(error)})",
+        remedy="free disk space; ensembles stored earlier are untouched",
+    )

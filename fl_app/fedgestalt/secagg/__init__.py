@@ -33,10 +33,8 @@ from fedgestalt.secagg.facts import (
     MINIMUM_SITES,
     Recipient,
     SessionFacts,
-    Signer,
     SitePolicy,
     ThreatModel,
-    Verifier,
 )
 from fedgestalt.secagg.messages import (
     Endorsement,
@@ -71,7 +69,6 @@ __all__ = [
     "ShareDelivery",
     "ShareHeader",
     "ShareOffer",
-    "Signer",
     "SitePolicy",
     "SiteSession",
     "Survivors",
@@ -79,6 +76,5 @@ __all__ = [
     "ThreatModel",
     "UnmaskShares",
     "Vector",
-    "Verifier",
     "Words",
 ]

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+from fedgestalt.keys import derive, digest, seal, unseal
 from fedgestalt.messages import Message
 from fedgestalt.secagg.facts import SessionFacts
-from fedgestalt.secagg.keys import derive, digest, seal, unseal
 from fedgestalt.secagg.messages import KeyOffer, ShareHeader
 from fedgestalt.secagg.shamir import SECRET_BYTES
 

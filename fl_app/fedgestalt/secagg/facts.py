@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import enum
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Final
 
 from fedgestalt.errors import ServerError, SiteError, nearest
+from fedgestalt.keys import digest
 from fedgestalt.messages import MAXIMUM_SITES
-from fedgestalt.secagg.keys import digest
 from fedgestalt.secagg.plan import NumberPlan
 from fedgestalt.secagg.stream import AES, CHACHA20
 
@@ -18,9 +18,6 @@ MINIMUM_SITES: Final = 3
 """With two sites each could subtract its own update from the sum and see the other's."""
 
 CIPHERS: Final = (AES, CHACHA20)
-
-Entropy = Callable[[int], bytes]
-"""Returns that many random bytes."""
 
 
 class ThreatModel(enum.StrEnum):
@@ -50,20 +47,6 @@ class Recipient(enum.StrEnum):
 
     SITES = "sites"
     """All sites, but not the server: one more mask stays on the sum, known to the sites alone."""
-
-
-class Signer(Protocol):
-    """A site's own certificate key."""
-
-    def sign(self, statement: bytes) -> bytes:
-        """Sign 32 bytes."""
-
-
-class Verifier(Protocol):
-    """A peer's checked certificate."""
-
-    def verify(self, statement: bytes, signature: bytes) -> None:
-        """Raise PeerError if the peer did not sign ``statement``."""
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Final
 
+from fedgestalt.keys import CIPHERTEXT_BYTES, HASH_BYTES, PUBLIC_BYTES, TAG_BYTES
 from fedgestalt.messages import (
     MAXIMUM_SITES,
     Message,
@@ -19,7 +20,6 @@ from fedgestalt.messages import (
     several,
     text,
 )
-from fedgestalt.secagg.keys import CIPHERTEXT_BYTES, HASH_BYTES, PUBLIC_BYTES, TAG_BYTES
 from fedgestalt.secagg.shamir import SECRET_BYTES, SHARE_BYTES
 
 SIGNATURE_BYTES: Final = (64, 1024)

@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedgestalt.errors import PlanError, SiteError
-from fedgestalt.secagg.keys import digest
+from fedgestalt.keys import digest
 from fedgestalt.secagg.stream import Words
 
 Tensors = Mapping[str, NDArray[np.float32]]

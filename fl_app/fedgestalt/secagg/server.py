@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from fedgestalt.errors import PeerError, ServerError
+from fedgestalt.keys import CIPHERTEXT_BYTES, TAG_BYTES, PrivateKey, PublicKey, Verifier
 from fedgestalt.secagg import binding
-from fedgestalt.secagg.facts import SessionFacts, Verifier
-from fedgestalt.secagg.keys import CIPHERTEXT_BYTES, TAG_BYTES, PrivateKey, PublicKey
+from fedgestalt.secagg.facts import SessionFacts
 from fedgestalt.secagg.messages import (
     Endorsement,
     Endorsements,

@@ -10,9 +10,18 @@ from dataclasses import replace
 import numpy as np
 
 from fedgestalt.errors import FedgestaltError, PeerError, ServerError, SiteError
+from fedgestalt.keys import (
+    CIPHERTEXT_BYTES,
+    Entropy,
+    PrivateKey,
+    PublicKey,
+    Signer,
+    Verifier,
+    seal,
+    unseal,
+)
 from fedgestalt.secagg import binding
-from fedgestalt.secagg.facts import Entropy, Recipient, SessionFacts, Signer, SitePolicy, Verifier
-from fedgestalt.secagg.keys import CIPHERTEXT_BYTES, PrivateKey, PublicKey, seal, unseal
+from fedgestalt.secagg.facts import Recipient, SessionFacts, SitePolicy
 from fedgestalt.secagg.messages import (
     Endorsement,
     Endorsements,

@@ -2,7 +2,7 @@
 
 All ciphertexts have one length and a random nonce, so that not even the equality of two labels
 shows. A label is bound to its handle and its kernel: the server cannot move it to another row
-without notice. It does not say which hospital the image belongs to.
+without notice. Which hospital the image belongs to stands in it only if that hospital wants it to.
 """
 
 from __future__ import annotations
@@ -18,7 +18,11 @@ from fedgestalt.errors import ServerError
 from fedgestalt.similarity.kernel import Kernel
 
 HANDLE_BYTES = 16
-_PLAIN = struct.Struct("<iI")
+CASE_BYTES = 16
+PLANTED = 1 << 31
+"""Role bit: no patient's row, but one whose similarities its site knows beforehand."""
+_HOSPITAL_BYTES = 64
+_PLAIN = struct.Struct(f"<iI{CASE_BYTES}s{_HOSPITAL_BYTES}s")
 _NONCE_BYTES = 12
 SEALED_BYTES = _NONCE_BYTES + _PLAIN.size + 16
 
@@ -28,12 +32,17 @@ class Label:
     """What a site tells other sites about one of its rows.
 
     Attributes:
-        syndrome: id in the consortium's label map.
+        syndrome: id in the consortium's label map; -1 for an unsolved case.
         roles: bit set, see :mod:`fedgestalt.similarity.evaluation`.
+        case: random, the same for all images of one patient under one kernel; only the hospital
+            knows whose it is.
+        hospital: its name, if it lets others know; empty otherwise.
     """
 
     syndrome: int
     roles: int
+    case: bytes = bytes(CASE_BYTES)
+    hospital: str = ""
 
 
 def new_handle() -> bytes:
@@ -44,7 +53,8 @@ def new_handle() -> bytes:
 def seal_label(label: Label, kernel: Kernel, handle: bytes) -> bytes:
     """Encrypt ``label`` for all sites that hold ``kernel``; ``SEALED_BYTES`` long."""
     nonce = os.urandom(_NONCE_BYTES)
-    plain = _PLAIN.pack(label.syndrome, label.roles)
+    hospital = label.hospital.encode()[:_HOSPITAL_BYTES]
+    plain = _PLAIN.pack(label.syndrome, label.roles, label.case, hospital)
     cipher = ChaCha20Poly1305(kernel.label_key)
     return nonce + cipher.encrypt(nonce, plain, _context(kernel, handle))
 
@@ -62,7 +72,8 @@ def open_label(sealed: bytes, kernel: Kernel, handle: bytes) -> Label:
         raise ServerError(
             "a sealed label does not open: it was altered or moved to another row", where="server"
         ) from None
-    return Label(*_PLAIN.unpack(plain))
+    syndrome, roles, case, hospital = _PLAIN.unpack(plain)
+    return Label(syndrome, roles, case, hospital.rstrip(b"\0").decode(errors="ignore"))
 
 
 def _context(kernel: Kernel, handle: bytes) -> bytes:

@@ -19,12 +19,20 @@ from nvflare.apis.workspace import Workspace
 from fedgestalt.errors import DataError, SiteError
 from fedgestalt.federation.job.handshake import Present
 from fedgestalt.federation.job.wire import BODY, FAULT, fault_of, fault_reply, to_shareable
-from fedgestalt.federation.matching.messages import MaskedRows, Ranked
+from fedgestalt.federation.matching.messages import (
+    Consent,
+    Enrolment,
+    EnsembleSent,
+    HandedOver,
+    Holdings,
+    KernelReady,
+    Ranked,
+)
 from fedgestalt.federation.site.outgoing import SENT_FILE, OutgoingGuard, record_sent
 from fedgestalt.federation.site.settings import FILE_NAME
 from fedgestalt.federation.tasks import (
     ANSWERS,
-    ENCODE,
+    ENROL,
     JOIN,
     RANK,
     SHARES,
@@ -33,11 +41,12 @@ from fedgestalt.federation.tasks import (
     VECTOR,
 )
 from fedgestalt.federation.training.messages import Published, Receipt, Trained, Uploaded
+from fedgestalt.keys import CIPHERTEXT_BYTES, PUBLIC_BYTES, TAG_BYTES
 from fedgestalt.messages import Message, size_of
 from fedgestalt.secagg import Endorsement, KeyOffer, ShareHeader, ShareOffer, UnmaskShares
-from fedgestalt.secagg.keys import CIPHERTEXT_BYTES, PUBLIC_BYTES, TAG_BYTES
 from fedgestalt.secagg.shamir import SHARE_BYTES
-from fedgestalt.similarity.kernel import KernelKey, SealedContributions
+from fedgestalt.similarity.kernel import KernelKey, SealedContributions, SealedKernels
+from fedgestalt.similarity.labels import SEALED_BYTES
 
 HEADER = ShareHeader(
     seed_commitment=bytes(32),
@@ -50,6 +59,7 @@ HEADER = ShareHeader(
     signature=bytes(64),
 )
 BOX = bytes(CIPHERTEXT_BYTES + 2 * SHARE_BYTES + TAG_BYTES)
+HANDLES = np.arange(32, dtype=np.uint8).reshape(2, 16)
 REPLIES: list[Message] = [
     Present({"classes": "3"}, 1, b"a certificate", "chacha20"),
     Trained(1),
@@ -60,9 +70,23 @@ REPLIES: list[Message] = [
     UnmaskShares(bytes(32), {"berlin": bytes(SHARE_BYTES), "bonn": bytes(SHARE_BYTES)}),
     Receipt(b"a record", bytes(64)),
     Published("a" * 64, 0),
-    KernelKey(bytes(32), bytes(32)),
-    SealedContributions({"berlin": bytes(48)}),
-    MaskedRows("a" * 32, 1, np.eye(2), np.zeros((2, 16), np.uint8), np.zeros((2, 48), np.uint8)),
+    Holdings({"a" * 32: "1"}, 1, "4x8"),
+    KernelKey(bytes(32), bytes(PUBLIC_BYTES), bytes(64)),
+    SealedContributions({"berlin": bytes(CIPHERTEXT_BYTES + 32 + TAG_BYTES)}),
+    KernelReady("a" * 32),
+    HandedOver(SealedKernels({"berlin": bytes(CIPHERTEXT_BYTES + 200)}), 5),
+    EnsembleSent("a" * 64),
+    KernelReady("a" * 32),
+    Enrolment(
+        "a" * 32,
+        HANDLES[:1],
+        np.eye(2, dtype=np.float32),
+        HANDLES,
+        np.zeros((2, SEALED_BYTES), np.uint8),
+        HANDLES[1:],
+        bytes(64),
+    ),
+    Consent("a" * 32, bytes(64)),
     Ranked("a" * 32),
 ]
 SECRET = np.arange(100.0)
@@ -284,8 +308,8 @@ def test_a_result_of_a_task_that_this_version_does_not_know_is_stopped(
 def test_what_cannot_be_written_down_does_not_leave(site: Site, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     site.configure(store=str(tmp_path / "file" / "store"))
-    (rows,) = (message for message in REPLIES if isinstance(message, MaskedRows))
-    said = site.stopped(ENCODE, to_shareable(rows))
+    (rows,) = (message for message in REPLIES if isinstance(message, Enrolment))
+    said = site.stopped(ENROL, to_shareable(rows))
     assert "its record of what leaves it cannot be written (Not a directory)" in said
     assert str(tmp_path) not in said
 

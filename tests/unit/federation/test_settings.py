@@ -46,6 +46,7 @@ def test_defaults_are_careful(local: Path) -> None:
     assert not settings.evaluation_release
     assert settings.device == "auto"
     assert settings.max_released_rows == 200
+    assert not settings.reveal_hospital
     assert settings.max_update_norm == 1.0
     assert not any("NC" in licence for licence in settings.weight_licences)
 
@@ -66,6 +67,10 @@ def test_all_settings_are_read(local: Path) -> None:
         "weight_licences": ["MIT"],
         "max_released_rows": 10,
         "evaluation_release": True,
+        "max_queries_per_job": 7,
+        "max_queries_per_day": 9,
+        "minimum_images_per_syndrome": 2,
+        "reveal_hospital": True,
         "max_update_norm": 2.5,
     }
     assert content.keys() == SiteSettings.model_fields.keys()

@@ -233,7 +233,7 @@ def test_a_job_without_rounds_is_told_from_its_phase(
 ) -> None:
     job.rounds = 0
     job.begin()
-    job.phase("fgm_encode")
+    job.phase("fgm_enrol")
     job.wait(10)
     job.working(berlin=0.5, bonn=0.5, leuven=0.5)
     assert job.seconds_left == pytest.approx(10)

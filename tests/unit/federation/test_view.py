@@ -50,7 +50,7 @@ def test_the_headline_names_round_phase_sites_time_and_bytes() -> None:
 
 
 def test_a_job_without_rounds_names_its_phase() -> None:
-    said = headline("RUNNING", report(round=0, rounds=0, phase="fgm_encode"), (), [])
+    said = headline("RUNNING", report(round=0, rounds=0, phase="fgm_enrol"), (), [])
     assert said.startswith("the sites encode their patients, waiting for")
 
 

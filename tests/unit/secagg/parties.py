@@ -19,6 +19,7 @@ from cryptography.hazmat.primitives.asymmetric import ed25519
 from numpy.typing import NDArray
 
 from fedgestalt.errors import FedgestaltError, PeerError, ServerError
+from fedgestalt.keys import CIPHERTEXT_BYTES, PrivateKey, PublicKey
 from fedgestalt.messages import Message, from_server, from_site
 from fedgestalt.secagg import (
     CountPlan,
@@ -37,7 +38,6 @@ from fedgestalt.secagg import (
     Words,
     binding,
 )
-from fedgestalt.secagg.keys import CIPHERTEXT_BYTES, PrivateKey, PublicKey
 from fedgestalt.secagg.stream import Stream, Vector
 
 NAMES: Final = tuple(f"site-{i:02d}" for i in range(16))

@@ -36,6 +36,7 @@ from parties import (
 )
 
 from fedgestalt.errors import PeerError, PlanError, ServerError, SiteError
+from fedgestalt.keys import PublicKey, seal
 from fedgestalt.messages import Message, from_server
 from fedgestalt.secagg import (
     CHACHA20,
@@ -56,7 +57,6 @@ from fedgestalt.secagg import (
     binding,
 )
 from fedgestalt.secagg.binding import seal_escrow
-from fedgestalt.secagg.keys import PublicKey, seal
 from fedgestalt.secagg.shamir import SHARE_BYTES, combine, split
 from fedgestalt.secagg.stream import Stream, add_streams
 

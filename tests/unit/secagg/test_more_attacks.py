@@ -25,6 +25,7 @@ from parties import (
 )
 
 from fedgestalt.errors import PeerError, ServerError
+from fedgestalt.keys import seal
 from fedgestalt.secagg import (
     Endorsements,
     KeyList,
@@ -35,7 +36,6 @@ from fedgestalt.secagg import (
     Words,
     binding,
 )
-from fedgestalt.secagg.keys import seal
 
 A, B, C, D = NAMES[:4]
 

@@ -1,156 +1,525 @@
-"""A site's side of the matching job."""
+"""A site's side of the matching jobs."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, ClassVar
+import datetime as dt
+import hashlib
+import secrets
+from collections.abc import Iterable, Mapping, Sequence
+from typing import ClassVar, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedgestalt import RESEARCH_USE_ONLY
 from fedgestalt.contracts import MatchingStrategy
-from fedgestalt.errors import ConfigError, ServerError
+from fedgestalt.errors import ConfigError, ServerError, SiteError
 from fedgestalt.federation import tasks
 from fedgestalt.federation.job.executor import Handler, SiteExecutor
 from fedgestalt.federation.job.handshake import Present, present, versions
+from fedgestalt.federation.job.identity import PublicIdentity
+from fedgestalt.federation.job.transfer import download, upload
+from fedgestalt.federation.matching.holdings import Enrolled, KernelStore
 from fedgestalt.federation.matching.messages import (
-    MaskedRows,
+    MATCH,
+    ONBOARD,
+    PURPOSES,
+    Agree,
+    Ask,
+    Consent,
+    Consider,
+    Enrol,
+    Enrolment,
+    EnsembleSent,
+    ExchangeStart,
+    HandedOver,
+    Handles,
+    HandOver,
+    Holdings,
+    KernelReady,
     MatchStart,
-    OfferKeys,
+    Query,
     Ranked,
     ReleasedRows,
+    SendEnsemble,
+    TakeOver,
+    handles_digest,
+    query_statement,
+    withdrawal_statement,
 )
+from fedgestalt.federation.matching.results import (
+    Queries,
+    QueryLedger,
+    forget,
+    write_matches,
+    write_receipt,
+)
+from fedgestalt.federation.site.outgoing import record_sent
 from fedgestalt.hooks import get_registry
 from fedgestalt.learning.device import choose_device
-from fedgestalt.learning.encoding import encode
+from fedgestalt.learning.encoding import Encodings, encode, layout_of
+from fedgestalt.learning.ensemble import Ensemble
 from fedgestalt.learning.images import load_faces
-from fedgestalt.learning.store import load_ensemble
+from fedgestalt.learning.store import ensemble_from_words, ensemble_to_words, load_ensemble
 from fedgestalt.messages import from_server
-from fedgestalt.similarity.evaluation import (
-    FREQUENT_GALLERY,
-    FREQUENT_TEST,
-    rank_tables,
-    rare_gallery,
-    rare_test,
-)
 from fedgestalt.similarity.kernel import (
     Kernel,
-    KernelAgreement,
+    KernelExchange,
     KernelFacts,
     KernelKey,
     KernelKeys,
     SealedContributions,
 )
-from fedgestalt.similarity.labels import Label, new_handle, open_label, seal_label
+from fedgestalt.similarity.labels import (
+    HANDLE_BYTES,
+    PLANTED,
+    SEALED_BYTES,
+    Label,
+    new_handle,
+    open_label,
+    seal_label,
+)
 from fedgestalt.similarity.order import ImageOrder, image_order
-from fedgestalt.similarity.ranking import score_syndromes
 
-MATCHES_SCHEMA = "fedgestalt.matches/1"
-_RANKED, _NEIGHBOURS = 10, 10
+_PLANTED_ROWS: Final = 2
+_PLANTED_WEIGHT: Final = 0.25
+_TOLERANCE: Final = 1e-4
+"""Of a score whose value a site knows; float32 rows give 1e-6."""
 
 
 class FlakeMatcher(SiteExecutor):
-    """Encodes the site's patients, masks them, and ranks the site's own queries."""
+    """Encodes the site's patients, masks them, and ranks the site's own queries.
 
-    template: ClassVar[str] = "match"
+    Args:
+        phase_limit_seconds: for a transfer.
+    """
 
-    def __init__(self) -> None:
+    template: ClassVar[str] = MATCH
+
+    def __init__(self, phase_limit_seconds: float = 3600.0) -> None:
         super().__init__()
+        self._limit = phase_limit_seconds
         self._start: MatchStart | None = None
-        self._agreement: KernelAgreement | None = None
+        self._ensemble: Ensemble | None = None
+        self._exchange: KernelExchange | None = None
+        self._attempt = 0
         self._kernel: Kernel | None = None
-        self._handles: list[bytes] = []
+        self._sealed: NDArray[np.uint32] | None = None
+        self._enrolled = Enrolled()
+        self._own: dict[str, int] = {}
+        self._queries: Handles = np.empty((0, HANDLE_BYTES), np.uint8)
+        self._withdrawn: list[str] = []
 
     def handlers(self) -> Mapping[str, Handler]:
-        """Tasks of the matching job."""
+        """Tasks of the matching jobs."""
         return {
             tasks.START: self._join,
+            tasks.HOLDINGS: self._hold,
             tasks.KERNEL_KEYS: self._offer_key,
-            tasks.SEAL: self._seal,
-            tasks.ENCODE: self._encode,
+            tasks.SEAL: self._contribute,
+            tasks.AGREE: self._agree,
+            tasks.HAND_OVER: self._hand_over,
+            tasks.SEND_ENSEMBLE: self._send_ensemble,
+            tasks.TAKE_OVER: self._take_over,
+            tasks.ENROL: self._enrol,
+            tasks.CONSIDER: self._consider,
             tasks.RANK: self._rank,
         }
 
+    # the handshake
+
     def _join(self, fields: object) -> Present:
         start = MatchStart.from_fields(fields, from_server)
+        if start.purpose not in PURPOSES:
+            raise ServerError(f"it asks for {start.purpose!r}, which is no job", where=self.site)
+        self.settings.check_job(start.purpose)
         self.settings.check_roster(self.site, start.roster)
         self.settings.check_strategy(start.strategy)
         self.settings.check_release(start.released_rows)
         registry = get_registry()
         strategy = registry.matching.entry(start.strategy)
         self._strategy: MatchingStrategy = strategy.plugin
-        folder = self.store / "ensembles" / start.ensemble
-        self._ensemble, digest = load_ensemble(folder, registry)
-        if digest != start.ensemble:
-            raise ConfigError("the stored ensemble has another digest", where=str(folder))
-        self.settings.check_licences(self._ensemble.licences)
-        self._rows = image_order(self.cohort)
         self._start = start
-        backbones = map(registry.backbones.entry, self._ensemble.backbones)
-        facts = {**versions([strategy, *backbones]), "label map": self.cohort.label_map_digest}
-        return present(facts)
+        facts = {**versions([strategy]), "label map": self.cohort.label_map_digest}
+        if start.purpose != ONBOARD or self._has_ensemble:
+            ensemble = self._load()
+            backbones = map(registry.backbones.entry, ensemble.backbones)
+            if start.purpose != ONBOARD:
+                facts |= versions(backbones)
+        self._order: ImageOrder = image_order(self.cohort)
+        return present(facts, certificate=self.identity.certificate)
+
+    def _hold(self, fields: object) -> Holdings:
+        Ask.from_fields(fields, from_server)
+        held = self._kernels.held(self._started.ensemble, self._started.strategy)
+        ensemble = self._load() if self._has_ensemble else None
+        return Holdings(
+            {kernel.id: str(kernel.version) for kernel in held.values()},
+            int(ensemble is not None),
+            layout_of(ensemble) if ensemble else "",
+        )
+
+    # the kernel
 
     def _offer_key(self, fields: object) -> KernelKey:
-        OfferKeys.from_fields(fields, from_server)
-        start = self._start
-        if start is None:
-            raise ServerError("a matching phase came before its start", where=self.site)
-        facts = KernelFacts(self.job, start.ensemble, start.strategy, start.roster)
-        self._agreement = KernelAgreement(
-            self.site, facts, minimum_sites=self.settings.minimum_sites
+        said, start = ExchangeStart.from_fields(fields, from_server), self._started
+        sponsor = "".join(said.sponsor)
+        if said.attempt <= self._attempt:
+            raise ServerError("a kernel exchange came for the second time", where=self.site)
+        if not said.certificates.keys() <= set(start.roster):
+            raise ServerError("a site takes part that is not in the job's roster", where=self.site)
+        newest = max((k.version for k in self._held.values()), default=0)
+        if sponsor != self.site and said.version <= newest:
+            raise ServerError(
+                f"it asks for kernel version {said.version}, this site has version {newest}",
+                where=self.site,
+                remedy="ask the server's administrator whether an old state was restored",
+            )
+        peers = self._peers(said.certificates)
+        facts = KernelFacts(
+            self.job,
+            said.attempt,
+            said.version,
+            start.ensemble,
+            said.layout,
+            start.strategy,
+            {site: peer.fingerprint for site, peer in peers.items()},
+            sponsor,
         )
-        return self._agreement.offer()
+        self._attempt = said.attempt
+        self._exchange = KernelExchange(
+            self.site,
+            facts,
+            self.identity,
+            {site: peer for site, peer in peers.items() if site != self.site},
+            minimum_sites=self.settings.minimum_sites,
+        )
+        return self._exchange.offer()
 
-    def _seal(self, fields: object) -> SealedContributions:
-        return self._agreed.seal(KernelKeys.from_fields(fields, from_server))
+    def _contribute(self, fields: object) -> SealedContributions:
+        self._open_exchange.meet(KernelKeys.from_fields(fields, from_server))
+        return self._open_exchange.contribute()
 
-    def _encode(self, fields: object) -> MaskedRows:
-        received = SealedContributions.from_fields(fields, from_server)
-        kernel = self._kernel = self._agreed.agree(received)
-        faces = load_faces(self.cohort.records(self._rows.image_ids))
-        encodings = encode(
-            self._ensemble,
-            faces,
+    def _agree(self, fields: object) -> KernelReady:
+        boxes = Agree.from_fields(fields, from_server).contributions
+        return self._take(self._open_exchange.agree(boxes))
+
+    def _hand_over(self, fields: object) -> HandedOver:
+        message = HandOver.from_fields(fields, from_server)
+        exchange, kernel = self._open_exchange, self._named(message.kernel)
+        exchange.meet(message.keys)
+        kernels = exchange.hand_over(kernel)
+        folder = self.store / "ensembles" / self._started.ensemble
+        self._sealed = ensemble_to_words(folder, kernel.transfer_key(self.job))
+        return HandedOver(kernels, self._sealed.size)
+
+    def _send_ensemble(self, fields: object) -> EnsembleSent:
+        message, words = SendEnsemble.from_fields(fields, from_server), self._sealed
+        if words is None:
+            raise ServerError("no ensemble was sealed to be sent", where=self.site)
+        record_sent(self.store, self.job, tasks.SEND_ENSEMBLE, "sealed ensemble", words.nbytes)
+        context, abort = self.call
+        upload(
+            context.get_engine(),
+            context,
+            message.name,
+            [words],
+            words.size,
+            ticket=message.ticket,
+            limit_seconds=self._limit,
+            should_stop=lambda: bool(abort.triggered),
+            progress=self.counter("upload"),
+        )
+        self._sealed = None
+        return EnsembleSent(message.name)
+
+    def _take_over(self, fields: object) -> KernelReady:
+        message = TakeOver.from_fields(fields, from_server)
+        self._open_exchange.meet(message.keys)
+        kernel = self._open_exchange.take_over(message.kernels)
+        if message.words and not self._has_ensemble:
+            words = np.empty(message.words, np.uint32)
+            context, abort = self.call
+            download(
+                context.get_engine(),
+                context,
+                message.name,
+                words.size,
+                words,
+                limit_seconds=self._limit,
+                should_stop=lambda: bool(abort.triggered),
+                progress=self.counter("download"),
+            )
+            folder = self.store / "ensembles" / self._started.ensemble
+            ensemble_from_words(words, kernel.transfer_key(self.job), folder, get_registry())
+        return self._take(kernel)
+
+    def _take(self, kernel: Kernel) -> KernelReady:
+        start = self._started
+        layout = layout_of(self._load())
+        kernel.check(start.ensemble, layout, start.strategy, from_server)
+        self._kernel = kernel
+        if start.standing:
+            self._kernels.keep(kernel)
+        return KernelReady(kernel.id)
+
+    # the gallery
+
+    def _enrol(self, fields: object) -> Enrolment:
+        message, start = Enrol.from_fields(fields, from_server), self._started
+        kernel, ensemble = self._named(message.kernel), self._load()
+        kernel.check(start.ensemble, layout_of(ensemble), start.strategy, from_server)
+        self._kernel = kernel
+        self._enrolled = self._kernels.enrolled(kernel) if start.standing else Enrolled()
+        wanted = self._wanted()
+        order = [n for n, image in enumerate(self._order.image_ids) if image in wanted]
+        if not order:
+            raise SiteError("this site has no image that its policy lets it enrol")
+        place_of = {self._order.image_ids[number]: place for place, number in enumerate(order)}
+        known = {handle.tobytes().hex() for handle in message.handles}
+        kept = self._enrolled.keep(known, wanted)
+        removed = sorted(known - kept.images.keys() - kept.planted.keys())
+        gone = {self._enrolled.images.get(handle, ("", ""))[0] for handle in removed}
+        self._withdrawn = sorted(gone - {""})
+        own = {image: handle for handle, (image, _) in kept.images.items()}
+        added = [image for image in place_of if image not in own]
+        own |= {image: new_handle().hex() for image in added}
+        planted = {
+            new_handle().hex(): self._pair(list(place_of))
+            for _ in range(_PLANTED_ROWS - len(kept.planted))
+        }
+        self._enrolled.images = {own[image]: (image, wanted[image]) for image in place_of}
+        self._enrolled.planted = {**kept.planted, **planted}
+        encodings = self._encode(place_of)
+        near, other = (
+            [place_of[pair[side]] for pair in self._enrolled.planted.values()] for side in (0, 1)
+        )
+        rows = encodings[near] + _PLANTED_WEIGHT * encodings[other]
+        rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+        self._encodings = np.concatenate([encodings, rows])
+        self._own = {own[image]: place for image, place in place_of.items()}
+        self._own |= {h: len(order) + n for n, h in enumerate(self._enrolled.planted)}
+        new = [own[image] for image in added] + list(planted)
+        labels = [
+            *(self._label(image, bytes.fromhex(own[image]), kernel) for image in added),
+            *(seal_label(Label(-1, PLANTED), kernel, bytes.fromhex(h)) for h in planted),
+        ]
+        if start.standing:
+            self._kernels.keep_enrolled(kernel, self._enrolled)
+        asking = [n for n in order if n < self._order.queries] if message.ask else []
+        self._asked = np.array(asking, np.int64)
+        self._queries = _stack([own[self._order.image_ids[number]] for number in asking])
+        masked = self._strategy.mask(
+            self._encodings[[self._own[handle] for handle in new]], kernel.masking_seed
+        )
+        return Enrolment(
+            kernel.id,
+            _stack(removed),
+            np.asarray(masked, np.float32),
+            _stack(new),
+            np.frombuffer(b"".join(labels), np.uint8).reshape(-1, SEALED_BYTES),
+            self._queries,
+            self.identity.sign(self._query_statement(kernel.id)),
+        )
+
+    def _wanted(self) -> dict[str, str]:
+        """Digest of each image's file, of the images that this site's policy lets it enrol."""
+        least = self.settings.minimum_images_per_syndrome
+        common = {s for s, n in self.cohort.images_per_syndrome().items() if n >= least}
+        return {
+            image: hashlib.sha256(record.path.read_bytes()).hexdigest()
+            for image, record in self.cohort.images.items()
+            if record.syndrome in common
+        }
+
+    def _encode(self, images: Iterable[str]) -> Encodings:
+        return encode(
+            self._load(),
+            load_faces(self.cohort.records(images)),
             choose_device(self.settings.device),
             self.store / "cache",
             self.counter("encoding"),
         )
-        masked = np.asarray(self._strategy.mask(encodings, kernel.masking_seed), np.float64)
-        self._handles = [new_handle() for _ in self._rows.image_ids]
-        sealed = [
-            seal_label(Label(int(syndrome), int(roles)), kernel, handle)
-            for syndrome, roles, handle in zip(
-                self._rows.syndromes, self._rows.roles, self._handles, strict=True
-            )
-        ]
-        return MaskedRows(
-            kernel.id, self._rows.queries, masked, _stack(self._handles), _stack(sealed)
+
+    def _label(self, image: str, handle: bytes, kernel: Kernel) -> bytes:
+        (record,), number = self.cohort.records([image]), self._order.image_ids.index(image)
+        label = Label(
+            record.syndrome,
+            int(self._order.roles[number]),
+            self._enrolled.case(record.subject),
+            self.site if self.settings.reveal_hospital else "",
         )
+        return seal_label(label, kernel, handle)
+
+    def _pair(self, images: Sequence[str]) -> tuple[str, str]:
+        """Two images for a row between them, whose similarities this site knows beforehand.
+
+        It lies near the first, a query if there is one: the server cannot tell it from a patient's,
+        and it comes back among that query's neighbours.
+        """
+        queries = [i for i in self._order.image_ids[: self._order.queries] if i in images]
+        return secrets.choice(queries or images), secrets.choice(images)
+
+    # what the others ask, and what they take back
+
+    def _consider(self, fields: object) -> Consent:
+        message, kernel = Consider.from_fields(fields, from_server), self._current
+        if message.kernel != kernel.id:
+            raise ServerError("the queries are about another kernel", where=self.site)
+        peers = self._peers(message.certificates)
+        ledger = QueryLedger(self.store)
+        for site, query in sorted(message.queries.items()):
+            if site not in peers:
+                raise ServerError(f"no certificate came for {site}", where=self.site)
+            statement = query_statement(self.job, kernel.id, site, query.count, query.digest)
+            peers[site].verify(statement, query.signature)
+            self.settings.check_queries(site, query.count, ledger.today(site, self.job))
+        own = message.queries.get(self.site, Query(0, handles_digest(self._queries[:0]), b"-"))
+        if (own.count, own.digest) != (len(self._queries), handles_digest(self._queries)):
+            raise ServerError("this site's queries came back altered", where=self.site)
+        for site, query in sorted(message.queries.items()):
+            if query.count:
+                ledger.note(site, self.job, query.count)
+        forget(self.store, message.withdrawn)
+        statement = withdrawal_statement(
+            self.job, kernel.id, self.site, handles_digest(message.withdrawn)
+        )
+        return Consent(kernel.id, self.identity.sign(statement))
 
     def _rank(self, fields: object) -> Ranked:
         released = ReleasedRows.from_fields(fields, from_server)
-        kernel, start = self._kernel, self._start
-        if kernel is None or start is None:
-            raise ServerError("scores came before a kernel was agreed", where=self.site)
-        released.check_sizes(self._rows.queries, from_server)
-        write_matches(
-            self.store / "matches" / f"{kernel.id}.json",
-            self.site,
-            self._rows,
-            self._handles,
-            released,
-            open_labels(released, kernel),
-        )
+        kernel, start = self._current, self._started
+        released.check(len(self._queries), from_server)
+        self._check_planted(released)
+        if self._withdrawn:
+            self._check_receipt(released, kernel)
+        if len(self._queries):
+            write_matches(
+                self.store,
+                self.job,
+                kernel.id,
+                self.site,
+                Queries(
+                    [self._order.image_ids[number] for number in self._asked],
+                    self._order.syndromes[self._asked],
+                    self._order.roles[self._asked],
+                ),
+                {handle: image for handle, (image, _) in self._enrolled.images.items()},
+                released,
+                open_labels(released, kernel),
+            )
+        if start.standing:
+            self._kernels.retire_older_than(kernel)
         return Ranked(kernel.id)
 
+    def _check_planted(self, released: ReleasedRows) -> None:
+        """Every released score between two of this site's own rows must be the one it knows.
+
+        Raises:
+            ServerError: one is not, or a row that must be among the nearest is missing.
+        """
+        own = [self._own.get(handle.tobytes().hex(), -1) for handle in released.handles]
+        places = np.array(own, np.int64)
+        for query, handle in enumerate(self._queries):
+            mine = self._own[handle.tobytes().hex()]
+            found = places[released.columns[query]]
+            known = np.flatnonzero(found >= 0)
+            right = self._encodings[found[known]] @ self._encodings[mine]
+            scores = released.scores[query]
+            missing = mine not in found and (not len(scores) or scores.min() < 1 - _TOLERANCE)
+            if missing or np.abs(scores[known] - right).max(initial=0) > _TOLERANCE:
+                raise ServerError(
+                    "scores came that are not those of this site's own rows: rows were swapped or"
+                    " scores made up",
+                    where="server",
+                    remedy="trust no result of this job; tell the consortium's lead",
+                )
+
+    def _check_receipt(self, released: ReleasedRows, kernel: Kernel) -> None:
+        peers = self._peers(released.certificates)
+        digest = handles_digest(released.withdrawn)
+        for site, signature in released.consents.items():
+            if site not in peers:
+                raise ServerError(f"no certificate came for {site}", where=self.site)
+            statement = withdrawal_statement(self.job, kernel.id, site, digest)
+            peers[site].verify(statement, signature)
+        write_receipt(
+            self.store,
+            self.job,
+            kernel.id,
+            released.withdrawn,
+            sorted({image for image in self._withdrawn if image}),
+            released.consents,
+            released.certificates,
+        )
+
+    # what is at hand
+
     @property
-    def _agreed(self) -> KernelAgreement:
-        if self._agreement is None:
+    def _started(self) -> MatchStart:
+        if self._start is None:
             raise ServerError("a matching phase came before its start", where=self.site)
-        return self._agreement
+        return self._start
+
+    @property
+    def _open_exchange(self) -> KernelExchange:
+        if self._exchange is None:
+            raise ServerError("a kernel exchange came before its start", where=self.site)
+        return self._exchange
+
+    @property
+    def _current(self) -> Kernel:
+        if self._kernel is None:
+            raise ServerError("a matching phase came before a kernel was agreed", where=self.site)
+        return self._kernel
+
+    @property
+    def _kernels(self) -> KernelStore:
+        return KernelStore(self.store)
+
+    @property
+    def _held(self) -> dict[str, Kernel]:
+        start = self._started
+        return self._kernels.held(start.ensemble, start.strategy) if start.standing else {}
+
+    def _named(self, kernel: str) -> Kernel:
+        if self._kernel is not None and self._kernel.id == kernel:
+            return self._kernel
+        held = self._held
+        if kernel not in held:
+            raise ServerError("it names a kernel that this site does not hold", where=self.site)
+        newest = max(k.version for k in held.values())
+        if held[kernel].version < newest:
+            raise ServerError(
+                f"it names kernel version {held[kernel].version}, this site has version {newest}",
+                where=self.site,
+                remedy="ask the server's administrator whether an old state was restored",
+            )
+        return held[kernel]
+
+    @property
+    def _has_ensemble(self) -> bool:
+        return (self.store / "ensembles" / self._started.ensemble).is_dir()
+
+    def _load(self) -> Ensemble:
+        if self._ensemble is None:
+            folder = self.store / "ensembles" / self._started.ensemble
+            ensemble, digest = load_ensemble(folder, get_registry())
+            if digest != self._started.ensemble:
+                raise ConfigError("the stored ensemble has another digest", where=str(folder))
+            self.settings.check_licences(ensemble.licences)
+            self._ensemble = ensemble
+        return self._ensemble
+
+    def _peers(self, certificates: Mapping[str, bytes]) -> dict[str, PublicIdentity]:
+        """Identities behind certificates, checked; this site's own must be its own."""
+        if certificates.get(self.site, self.identity.certificate) != self.identity.certificate:
+            raise ServerError("this site's own certificate came back altered", where=self.site)
+        now = dt.datetime.now(dt.UTC)
+        return {site: self.trust.check(site, pem, now) for site, pem in certificates.items()}
+
+    def _query_statement(self, kernel: str) -> bytes:
+        digest = handles_digest(self._queries)
+        return query_statement(self.job, kernel, self.site, len(self._queries), digest)
 
 
 def open_labels(released: ReleasedRows, kernel: Kernel) -> dict[int, Label]:
@@ -160,104 +529,11 @@ def open_labels(released: ReleasedRows, kernel: Kernel) -> dict[int, Label]:
         ServerError: one was altered or moved.
     """
     return {
-        int(row): open_label(
-            released.labels[row].tobytes(),
-            kernel,
-            released.handles[row].tobytes(),
-        )
-        for row in np.unique(released.columns)
+        row: open_label(released.labels[row].tobytes(), kernel, released.handles[row].tobytes())
+        for row in range(len(released.handles))
     }
 
 
-def write_matches(
-    target: Path,
-    site: str,
-    rows: ImageOrder,
-    own_handles: Sequence[bytes],
-    released: ReleasedRows,
-    labels: Mapping[int, Label],
-) -> None:
-    """Rank the site's queries and store the result at the site."""
-    dense, syndromes, roles = dense_scores(released, labels)
-    queries = slice(0, rows.queries)
-    tables = rank_tables(
-        dense,
-        rows.syndromes[queries],
-        rows.roles[queries],
-        syndromes,
-        roles,
-    )
-    content: dict[str, Any] = {
-        "schema": MATCHES_SCHEMA,
-        "notice": RESEARCH_USE_ONLY,
-        "site": site,
-        "images": [
-            {"image": image_id, "handle": handle.hex()}
-            for image_id, handle in zip(rows.image_ids, own_handles, strict=True)
-        ],
-        "tables": [
-            {
-                "table": t.table,
-                "split": t.split,
-                "rows": t.rows.tolist(),
-                "ranks": t.ranks.tolist(),
-                "gallery": t.gallery,
-                "syndromes": t.syndromes,
-            }
-            for t in tables
-        ],
-        "queries": [
-            _ranked_query(dense[row], syndromes, roles, released.handles)
-            if rows.roles[row] & (FREQUENT_TEST | rare_test(0))
-            else {"ranked": [], "neighbours": []}
-            for row in range(rows.queries)
-        ],
-    }
-    target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    temporary = target.with_suffix(".partial")
-    temporary.write_text(json.dumps(content), encoding="utf-8")
-    temporary.chmod(0o600)
-    temporary.replace(target)
-
-
-def dense_scores(
-    released: ReleasedRows, labels: Mapping[int, Label]
-) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.uint32]]:
-    """Scores (queries, rows) with -inf where nothing was released, syndromes and roles by row."""
-    count = len(released.handles)
-    dense = np.full((len(released.columns), count), -np.inf, np.float32)
-    np.put_along_axis(dense, released.columns.astype(np.int64), released.scores, 1)
-    syndromes, roles = np.full(count, -1, np.int64), np.zeros(count, np.uint32)
-    for row, label in labels.items():
-        syndromes[row], roles[row] = label.syndrome, label.roles
-    return dense, syndromes, roles
-
-
-def _ranked_query(
-    scores: NDArray[np.float32],
-    syndromes: NDArray[np.int64],
-    roles: NDArray[np.uint32],
-    handles: NDArray[np.uint8],
-) -> dict[str, Any]:
-    """Ranked syndromes and nearest gallery images of one query, in the first rare split."""
-    known = np.isfinite(scores) & ((roles & (FREQUENT_GALLERY | rare_gallery(0))) > 0)
-    gallery = np.flatnonzero(known)
-    if not len(gallery):
-        return {"ranked": [], "neighbours": []}
-    ranked = score_syndromes(scores[None, gallery], syndromes[gallery]).top(0, _RANKED)
-    nearest = gallery[np.argsort(-scores[gallery], kind="stable")[:_NEIGHBOURS]]
-    return {
-        "ranked": [[syndrome, round(score, 6)] for syndrome, score in ranked],
-        "neighbours": [
-            {
-                "handle": handles[row].tobytes().hex(),
-                "syndrome": int(syndromes[row]),
-                "score": round(float(scores[row]), 6),
-            }
-            for row in nearest
-        ],
-    }
-
-
-def _stack(items: Sequence[bytes]) -> NDArray[np.uint8]:
-    return np.frombuffer(b"".join(items), np.uint8).reshape(len(items), -1)
+def _stack(handles: Sequence[str]) -> Handles:
+    """Handles (n, ``HANDLE_BYTES``) from their hexadecimal digits."""
+    return np.frombuffer(bytes.fromhex("".join(handles)), np.uint8).reshape(-1, HANDLE_BYTES)

@@ -1,53 +1,224 @@
-"""Messages of the matching job, beside those of :mod:`fedgestalt.similarity.kernel`."""
+"""Messages of the matching jobs, beside those of :mod:`fedgestalt.similarity.kernel`."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedgestalt.messages import Fault, Message, array, hexadecimal, integer, several, text
+from fedgestalt.keys import digest
+from fedgestalt.messages import (
+    MAXIMUM_SITES,
+    Fault,
+    Message,
+    array,
+    hexadecimal,
+    integer,
+    message,
+    message_by_site,
+    octets,
+    octets_by_site,
+    several,
+    text,
+    texts_by_name,
+    word,
+)
+from fedgestalt.similarity.kernel import (
+    MAXIMUM_VERSION,
+    KernelKeys,
+    SealedContributions,
+    SealedKernels,
+)
 from fedgestalt.similarity.labels import HANDLE_BYTES, SEALED_BYTES
+
+MATCH, ONBOARD, GALLERY = "match", "onboard", "gallery"
+PURPOSES: Final = (MATCH, ONBOARD, GALLERY)
+"""What a matching job is for: also the names of the job templates, which a site's policy lists."""
+
+KERNEL_DIGITS: Final = 32
+_ROW_LIMIT = 2**31
+_SIGNATURE_LIMIT = 1024
+_WORDS_LIMIT = 2**32
+
+Handles = NDArray[np.uint8]
+"""(n, ``HANDLE_BYTES``)"""
 
 
 @dataclass(frozen=True)
 class MatchStart(Message):
-    """Server to sites: the facts of a matching session.
+    """Server to sites: the facts of a job.
 
-    ``released_rows`` 0 asks for an evaluation release: every row for every query.
+    Attributes:
+        purpose: one of :data:`PURPOSES`.
+        roster: all sites.
+        ensemble: digest of the model that encodes.
+        strategy: name of the matching strategy.
+        released_rows: best rows per query; 0 asks for an evaluation release, every row for every
+            query.
+        standing: whether kernel and gallery outlive the job (1) or not (0).
     """
 
-    schema: ClassVar[str] = "fedgestalt.matching.start/1"
-    roster: tuple[str, ...] = several(text())
+    schema: ClassVar[str] = "fedgestalt.matching.start/2"
+    purpose: str = word(20)
+    roster: tuple[str, ...] = several(text(), MAXIMUM_SITES)
     ensemble: str = hexadecimal()
-    strategy: str = text(64)
-    released_rows: int = integer(0, 2**31)
+    strategy: str = word(64)
+    released_rows: int = integer(0, _ROW_LIMIT)
+    standing: int = integer(0, 1)
 
 
 @dataclass(frozen=True)
-class OfferKeys(Message):
-    """Server to sites: all agree; offer a key for the kernel agreement."""
+class Ask(Message):
+    """Server to sites: say which kernels you hold for this ensemble and strategy."""
 
-    schema: ClassVar[str] = "fedgestalt.matching.offer-keys/1"
+    schema: ClassVar[str] = "fedgestalt.matching.ask/1"
 
 
 @dataclass(frozen=True)
-class MaskedRows(Message):
-    """Site to server: its images as masked encodings, queries first.
+class Holdings(Message):
+    """Site to server: what it has of what the job needs.
 
-    ``handles`` and ``labels`` hold ``HANDLE_BYTES`` and ``SEALED_BYTES`` per row.
+    Attributes:
+        kernels: version by kernel id.
+        has_ensemble: 1 if it holds the model.
+        layout: of its encodings; empty without the model.
     """
 
-    schema: ClassVar[str] = "fedgestalt.matching.masked-rows/1"
-    kernel: str = hexadecimal(32)
-    queries: int = integer(0, 2**31)
-    rows: NDArray[np.float64] = array("float64", 2)
-    handles: NDArray[np.uint8] = array("uint8", 2)
-    labels: NDArray[np.uint8] = array("uint8", 2)
+    schema: ClassVar[str] = "fedgestalt.matching.holdings/1"
+    kernels: Mapping[str, str] = texts_by_name()
+    has_ensemble: int = integer(0, 1)
+    layout: str = word(200)
 
-    def check_sizes(self, fault: Fault) -> None:
+
+@dataclass(frozen=True)
+class ExchangeStart(Message):
+    """Server to sites: the facts of a kernel exchange, beside those of the job.
+
+    Attributes:
+        attempt, version, layout: see :class:`fedgestalt.similarity.kernel.KernelFacts`.
+        sponsor: who hands its kernel over; nobody if all agree on a new one.
+        certificates: PEM, of all who take part.
+    """
+
+    schema: ClassVar[str] = "fedgestalt.matching.exchange-start/1"
+    attempt: int = integer(1, 10**6)
+    version: int = integer(1, MAXIMUM_VERSION)
+    layout: str = word(200)
+    sponsor: tuple[str, ...] = several(text(), 1)
+    certificates: Mapping[str, bytes] = octets_by_site(1, 1 << 14)
+
+
+@dataclass(frozen=True)
+class HandOver(Message):
+    """Server to sponsor: the newcomers' keys and its own; pass this kernel on."""
+
+    schema: ClassVar[str] = "fedgestalt.matching.hand-over/1"
+    keys: KernelKeys = message(KernelKeys)
+    kernel: str = hexadecimal(KERNEL_DIGITS)
+
+
+@dataclass(frozen=True)
+class HandedOver(Message):
+    """Sponsor to server: the sealed kernels, and the size of the sealed ensemble in words."""
+
+    schema: ClassVar[str] = "fedgestalt.matching.handed-over/1"
+    kernels: SealedKernels = message(SealedKernels)
+    words: int = integer(1, _WORDS_LIMIT)
+
+
+@dataclass(frozen=True)
+class SendEnsemble(Message):
+    """Server to sponsor: upload the sealed ensemble."""
+
+    schema: ClassVar[str] = "fedgestalt.matching.send-ensemble/1"
+    name: str = hexadecimal()
+    ticket: str = hexadecimal(32)
+
+
+@dataclass(frozen=True)
+class EnsembleSent(Message):
+    """Sponsor to server: it is uploaded."""
+
+    schema: ClassVar[str] = "fedgestalt.matching.ensemble-sent/1"
+    name: str = hexadecimal()
+
+
+@dataclass(frozen=True)
+class TakeOver(Message):
+    """Server to a newcomer: what its sponsor has sealed for it.
+
+    Attributes:
+        keys: of the newcomers and the sponsor.
+        kernels: one box.
+        name: of the download with the sealed ensemble; of zeros if this site has it.
+        words: its size.
+    """
+
+    schema: ClassVar[str] = "fedgestalt.matching.take-over/1"
+    keys: KernelKeys = message(KernelKeys)
+    kernels: SealedKernels = message(SealedKernels)
+    name: str = hexadecimal()
+    words: int = integer(0, _WORDS_LIMIT)
+
+
+@dataclass(frozen=True)
+class Agree(Message):
+    """Server to a site: the boxes of its peers."""
+
+    schema: ClassVar[str] = "fedgestalt.matching.agree/1"
+    contributions: SealedContributions = message(SealedContributions)
+
+
+@dataclass(frozen=True)
+class KernelReady(Message):
+    """Site to server: it holds this kernel now."""
+
+    schema: ClassVar[str] = "fedgestalt.matching.kernel-ready/1"
+    kernel: str = hexadecimal(KERNEL_DIGITS)
+
+
+@dataclass(frozen=True)
+class Enrol(Message):
+    """Server to a site: bring your part of the gallery up to date.
+
+    Attributes:
+        kernel: under which.
+        handles: of the rows that the gallery has of this site.
+        ask: 1 if the site may ask about its queries.
+    """
+
+    schema: ClassVar[str] = "fedgestalt.matching.enrol/1"
+    kernel: str = hexadecimal(KERNEL_DIGITS)
+    handles: Handles = array("uint8", 2)
+    ask: int = integer(0, 1)
+
+
+@dataclass(frozen=True)
+class Enrolment(Message):
+    """Site to server: what is new in its part of the gallery, and what it asks about.
+
+    Attributes:
+        kernel: under which the rows are masked.
+        removed: handles of rows that must go.
+        rows: (n, k) masked encodings of length 1.
+        handles, labels: of the rows, ``HANDLE_BYTES`` and ``SEALED_BYTES`` each.
+        queries: handles of enrolled rows whose neighbours it asks for.
+        signature: over :func:`query_statement`, for the other sites.
+    """
+
+    schema: ClassVar[str] = "fedgestalt.matching.enrolment/1"
+    kernel: str = hexadecimal(KERNEL_DIGITS)
+    removed: Handles = array("uint8", 2)
+    rows: NDArray[np.float32] = array("float32", 2)
+    handles: Handles = array("uint8", 2)
+    labels: NDArray[np.uint8] = array("uint8", 2)
+    queries: Handles = array("uint8", 2)
+    signature: bytes = octets(1, _SIGNATURE_LIMIT)
+
+    def check(self, fault: Fault) -> None:
         """Raise ``fault`` if the parts do not belong together."""
         count = len(self.rows)
         if self.handles.shape != (count, HANDLE_BYTES) or self.labels.shape != (
@@ -55,11 +226,62 @@ class MaskedRows(Message):
             SEALED_BYTES,
         ):
             raise fault(f"{count} rows do not go with its handles and labels")
-        if not count or self.queries > count:
-            raise fault(f"{self.queries} queries in {count} rows")
-        lengths = (self.rows**2).sum(1)
-        if np.abs(lengths - 1).max() > 1e-3:
+        for what, handles in (("removes", self.removed), ("asks about", self.queries)):
+            if handles.shape != (len(handles), HANDLE_BYTES):
+                raise fault(f"what it {what} is no list of handles")
+            if len({handle.tobytes() for handle in handles}) != len(handles):
+                raise fault(f"it {what} the same row twice")
+        lengths = np.einsum("ij,ij->i", self.rows, self.rows)
+        if count and np.abs(lengths - 1).max() > 1e-3:
             raise fault("a masked row is not of length 1")
+
+
+@dataclass(frozen=True)
+class Query(Message):
+    """What a site asks, as it signed it for the others.
+
+    Attributes:
+        count: how many enrolled rows it asks about.
+        digest: of their handles.
+        signature: over :func:`query_statement`.
+    """
+
+    schema: ClassVar[str] = "fedgestalt.matching.query/1"
+    count: int = integer(0, _ROW_LIMIT)
+    digest: bytes = octets(32)
+    signature: bytes = octets(1, _SIGNATURE_LIMIT)
+
+
+@dataclass(frozen=True)
+class Consider(Message):
+    """Server to sites: who asks how much, and which rows are withdrawn.
+
+    Attributes:
+        kernel: of the gallery.
+        queries: by site.
+        withdrawn: handles that no site may keep in what it has stored.
+        certificates: PEM, of the sites that ask.
+    """
+
+    schema: ClassVar[str] = "fedgestalt.matching.consider/1"
+    kernel: str = hexadecimal(KERNEL_DIGITS)
+    queries: Mapping[str, Query] = message_by_site(Query)
+    withdrawn: Handles = array("uint8", 2)
+    certificates: Mapping[str, bytes] = octets_by_site(1, 1 << 14)
+
+
+@dataclass(frozen=True)
+class Consent(Message):
+    """Site to server: it agrees to the queries and keeps nothing of what is withdrawn.
+
+    Attributes:
+        kernel: of the gallery.
+        signature: over :func:`withdrawal_statement`.
+    """
+
+    schema: ClassVar[str] = "fedgestalt.matching.consent/1"
+    kernel: str = hexadecimal(KERNEL_DIGITS)
+    signature: bytes = octets(1, _SIGNATURE_LIMIT)
 
 
 @dataclass(frozen=True)
@@ -67,18 +289,24 @@ class ReleasedRows(Message):
     """Server to one site: the best rows for each of its queries.
 
     Attributes:
-        handles, labels: by row, for the rows named in ``columns``; zeros elsewhere.
-        columns: (queries, m) row numbers, best first.
+        handles, labels: of all rows that are named in ``columns``.
+        columns: (queries, m) numbers of these rows, best first.
         scores: (queries, m) cosine similarities.
+        withdrawn: handles that are withdrawn, of all sites.
+        consents: by site, its signature that it keeps nothing of them.
+        certificates: PEM, of those sites.
     """
 
-    schema: ClassVar[str] = "fedgestalt.matching.released-rows/1"
-    handles: NDArray[np.uint8] = array("uint8", 2)
+    schema: ClassVar[str] = "fedgestalt.matching.released-rows/2"
+    handles: Handles = array("uint8", 2)
     labels: NDArray[np.uint8] = array("uint8", 2)
     columns: NDArray[np.int32] = array("int32", 2)
     scores: NDArray[np.float32] = array("float32", 2)
+    withdrawn: Handles = array("uint8", 2)
+    consents: Mapping[str, bytes] = octets_by_site(1, _SIGNATURE_LIMIT)
+    certificates: Mapping[str, bytes] = octets_by_site(1, 1 << 14)
 
-    def check_sizes(self, queries: int, fault: Fault) -> None:
+    def check(self, queries: int, fault: Fault) -> None:
         """Raise ``fault`` if the parts do not belong together or to this site's queries."""
         count = len(self.handles)
         if self.handles.shape != (count, HANDLE_BYTES) or self.labels.shape != (
@@ -99,5 +327,21 @@ class ReleasedRows(Message):
 class Ranked(Message):
     """Site to server: its queries are ranked; what came out stays at the site."""
 
-    schema: ClassVar[str] = "fedgestalt.matching.ranked/1"
-    kernel: str = hexadecimal(32)
+    schema: ClassVar[str] = "fedgestalt.matching.ranked/2"
+    kernel: str = hexadecimal(KERNEL_DIGITS)
+
+
+def query_statement(job: str, kernel: str, site: str, count: int, handles: bytes) -> bytes:
+    """What an asking site signs; ``handles`` is :func:`handles_digest` of what it asks about."""
+    texts = (job, kernel, site, str(count))
+    return digest("matching query", *(part.encode() for part in texts), handles)
+
+
+def withdrawal_statement(job: str, kernel: str, site: str, handles: bytes) -> bytes:
+    """What a site signs that keeps nothing of the rows with these handles."""
+    return digest("matching withdrawal", *(t.encode() for t in (job, kernel, site)), handles)
+
+
+def handles_digest(handles: Handles) -> bytes:
+    """SHA-256 over handles, in whatever order; 32 bytes."""
+    return digest("handles", *sorted(handle.tobytes() for handle in handles))

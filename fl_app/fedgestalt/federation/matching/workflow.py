@@ -1,34 +1,55 @@
-"""Server side of the matching job.
+"""The server's side of the matching jobs.
 
-Sites agree on a kernel through sealed boxes; every site sends its images as masked rows with sealed
-labels; the server compares rows and hands each site the best ones for its own queries. It learns
-similarities and opaque handles, no label, no embedding, and not how any query was ranked.
+Sites agree on a kernel, or use the one that they hold; every site brings its part of the gallery up
+to date as masked rows with sealed labels; all of them consider what is asked; the server compares
+rows and hands each site the best ones for its own queries. It learns similarities and opaque
+handles, no label, no embedding, and not how any query was ranked.
+
+A site that is lost is left out: its queries stay unanswered, its rows of a standing gallery stay.
 """
 
 from __future__ import annotations
 
+import datetime as dt
+from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.signal import Signal
 
-from fedgestalt.errors import PeerError
+from fedgestalt.errors import PeerError, ServerError
 from fedgestalt.federation.job.handshake import versions
-from fedgestalt.federation.job.workflow import PhasedWorkflow
+from fedgestalt.federation.job.identity import Trust
+from fedgestalt.federation.job.transfer import DownloadDesk, UploadDesk
+from fedgestalt.federation.job.workflow import OnReply, PhasedWorkflow
+from fedgestalt.federation.matching.agreement import Choice, KernelExchanges, Member, choose
+from fedgestalt.federation.matching.galleries import GALLERIES_FOLDER, Galleries, Gallery, Rows
 from fedgestalt.federation.matching.messages import (
-    MaskedRows,
+    GALLERY,
+    MATCH,
+    Ask,
+    Consent,
+    Consider,
+    Enrol,
+    Enrolment,
+    Handles,
+    Holdings,
     MatchStart,
-    OfferKeys,
+    Query,
     Ranked,
     ReleasedRows,
+    handles_digest,
+    query_statement,
+    withdrawal_statement,
 )
 from fedgestalt.federation.site.settings import ALL_ROWS
-from fedgestalt.federation.tasks import ENCODE, KERNEL_KEYS, RANK, SEAL, START
+from fedgestalt.federation.tasks import CONSIDER, ENROL, HOLDINGS, RANK, START
 from fedgestalt.hooks import get_registry
-from fedgestalt.messages import from_site
+from fedgestalt.messages import Message, from_site
 from fedgestalt.similarity.gram import dense_gram
-from fedgestalt.similarity.kernel import KernelFacts, KernelKey, KernelKeys, SealedContributions
+from fedgestalt.similarity.labels import HANDLE_BYTES
 
 GRAM_FILE = "gram.npz"
 
@@ -39,59 +60,111 @@ class FlakeSimilarityWorkflow(PhasedWorkflow):
     Args:
         ensemble: digest of the published ensemble that every site encodes with.
         strategy: name of a matching strategy.
+        purpose: ``match``, ``onboard`` or ``gallery``.
+        kernel: ``session`` for one that ends with the job, ``standing`` for one that stays.
+        rotate: agree on a new version of the standing kernel.
+        sponsor: who hands the kernel to newcomers; empty for any site that holds it.
         released_rows: best rows per query that the asking site gets; 0 releases all, which sites
             allow for evaluations only.
         keep_gram: leave the whole matrix in the run folder, to show what the server sees.
+        minimum_sites: with fewer the job does not go on.
         sites: see :class:`PhasedWorkflow`.
         phase_limit_seconds: see :class:`PhasedWorkflow`.
         start_limit_seconds: see :class:`PhasedWorkflow`.
         silence_limit_seconds: see :class:`PhasedWorkflow`.
     """
 
-    template: ClassVar[str] = "match"
+    template: ClassVar[str] = MATCH
 
     def __init__(
         self,
         ensemble: str,
         strategy: str = "isometry",
+        purpose: str = MATCH,
+        kernel: str = "session",
+        rotate: bool = False,
+        sponsor: str = "",
         released_rows: int = 200,
         keep_gram: bool = False,
+        minimum_sites: int = 3,
         sites: list[str] | None = None,
         phase_limit_seconds: float = 3600.0,
         start_limit_seconds: float = 120.0,
         silence_limit_seconds: float = 30.0,
     ) -> None:
         super().__init__(sites, phase_limit_seconds, start_limit_seconds, silence_limit_seconds)
-        self._ensemble, self._strategy = ensemble, strategy
+        self._ensemble, self._strategy, self._purpose = ensemble, strategy, purpose
+        self._standing, self._rotate, self._sponsor = kernel == "standing", rotate, sponsor
         self._released_rows, self._keep_gram = released_rows, keep_gram
+        self._minimum = minimum_sites
+        self._members: dict[str, Member] = {}
+        self._here: set[str] = set()
+        self._lost: set[str] = set()
+
+    def start_controller(self, fl_ctx: FLContext) -> None:
+        """See :class:`PhasedWorkflow`; the sites' identities are checked here, too."""
+        super().start_controller(fl_ctx)
+        workspace = fl_ctx.get_engine().get_workspace()
+        root = Path(workspace.get_root_dir())
+        self._galleries = Galleries(root / GALLERIES_FOLDER)
+        self._uploads = UploadDesk(self.folder / "uploads")
+        self._downloads = DownloadDesk()
+        self._uploads.register(fl_ctx.get_engine())
+        self._downloads.register(fl_ctx.get_engine())
+        startup = Path(workspace.get_startup_kit_dir())
+        provisioned = (startup / "rootCA.pem").exists()
+        self._trust = Trust.from_kit(startup) if provisioned else Trust.of_anybody()
+
+    def goes_on_without(self, lost: Collection[str]) -> bool:
+        """As long as there are enough sites."""
+        return len(self.roster) - len(lost) >= self._minimum
 
     def run(self, abort_signal: Signal, fl_ctx: FLContext) -> dict[str, Any]:
         """Match; see the module docstring."""
+        self._job = fl_ctx.get_job_id()
+
+        def ask(
+            task: str,
+            messages: Message | Mapping[str, Message],
+            on_reply: OnReply,
+            sites: Collection[str],
+        ) -> Collection[str]:
+            lost = self.gather_present(task, messages, on_reply, abort_signal, fl_ctx, sites)
+            self._lost |= set(lost)
+            self._here -= set(lost)
+            if not self.goes_on_without(self._lost):
+                raise ServerError(
+                    f"{len(self._here)} sites are left, the job asks for {self._minimum}",
+                    where="job",
+                    remedy="bring the lost sites back",
+                )
+            return lost
+
+        self._ask = ask
+        self._join_all(abort_signal, fl_ctx)
+        kernel, version = self._settle()
+        gallery = self._galleries.gallery(kernel) if self._standing else Gallery()
+        queries, withdrawn = self._enrol(kernel, gallery)
+        consents = self._consider(kernel, queries, withdrawn)
+        rows = gallery.rows
+        self._release(rows, kernel, queries, withdrawn, consents)
+        if self._standing:
+            for other in self._galleries.known(self._for):
+                if other != kernel:
+                    self._galleries.drop(other)
         strategy = get_registry().matching.get(self._strategy)
-        galleries = self._collect(abort_signal, fl_ctx)
-        rows = np.concatenate([galleries[site].rows for site in self.roster])
-        handles = np.concatenate([galleries[site].handles for site in self.roster])
-        labels = np.concatenate([galleries[site].labels for site in self.roster])
-        released = {}
-        for site in self.roster:
-            queries = galleries[site].rows[: galleries[site].queries]
-            scores = dense_gram(queries, rows, strategy.similarities)
-            released[site] = release(scores, handles, labels, self._released_rows)
         if self._keep_gram:
-            gram = dense_gram(rows, rows, strategy.similarities)
-            np.savez(self.folder / GRAM_FILE, gram=gram, handles=handles)
-        kernel = galleries[self.roster[0]].kernel
-
-        def on_reply(site: str, fields: object) -> None:
-            Ranked.from_fields(fields, from_site(site))
-
-        self.gather(RANK, released, on_reply, abort_signal, fl_ctx)
+            gram = dense_gram(rows.rows, rows.rows, strategy.similarities)
+            np.savez(self.folder / GRAM_FILE, gram=gram, handles=rows.handles)
         said = strategy.disclosure
         return {
             "kernel": kernel,
+            "kernel_version": version,
             "ensemble": self._ensemble,
             "rows": len(rows),
-            "dimensions": rows.shape[1],
+            "dimensions": int(rows.rows.shape[1]),
+            "withdrawn": len(withdrawn),
+            "lost": sorted(self._lost),
             "privacy": {
                 "strategy": strategy.name,
                 "server_learns": said.server_learns,
@@ -100,56 +173,197 @@ class FlakeSimilarityWorkflow(PhasedWorkflow):
             },
         }
 
-    def _collect(self, abort_signal: Signal, fl_ctx: FLContext) -> dict[str, MaskedRows]:
-        facts = KernelFacts(fl_ctx.get_job_id(), self._ensemble, self._strategy, self.roster)
-        keys: dict[str, bytes] = {}
-        boxes: dict[str, dict[str, bytes]] = {site: {} for site in self.roster}
-        galleries: dict[str, MaskedRows] = {}
+    # the handshake
 
-        def on_key(site: str, fields: object) -> None:
-            key = KernelKey.from_fields(fields, from_site(site))
-            if key.session != facts.digest:
-                raise PeerError(
-                    "it sees another session (job, ensemble or roster differ)", site=site
-                )
-            keys[site] = key.public_key
-
-        def on_boxes(site: str, fields: object) -> None:
-            sealed = SealedContributions.from_fields(fields, from_site(site)).boxes
-            if sealed.keys() != set(self.roster) - {site}:
-                raise PeerError("its boxes are not for the agreed roster", site=site)
-            for receiver, box in sealed.items():
-                boxes[receiver][site] = box
-
-        def on_rows(site: str, fields: object) -> None:
-            message = MaskedRows.from_fields(fields, from_site(site))
-            message.check_sizes(from_site(site))
-            galleries[site] = message
-
-        start = MatchStart(self.roster, self._ensemble, self._strategy, self._released_rows)
+    def _join_all(self, abort_signal: Signal, fl_ctx: FLContext) -> None:
+        start = MatchStart(
+            self._purpose,
+            self.roster,
+            self._ensemble,
+            self._strategy,
+            self._released_rows,
+            int(self._standing),
+        )
         strategy = get_registry().matching.entry(self._strategy)
-        self.join(START, start, lambda _: versions([strategy]), abort_signal, fl_ctx)
-        self.gather(KERNEL_KEYS, OfferKeys(), on_key, abort_signal, fl_ctx)
-        self.gather(SEAL, KernelKeys(keys), on_boxes, abort_signal, fl_ctx)
-        sealed = {site: SealedContributions(boxes[site]) for site in self.roster}
-        self.gather(ENCODE, sealed, on_rows, abort_signal, fl_ctx)
-        first = galleries[self.roster[0]]
-        for site, message in galleries.items():
-            if message.kernel != first.kernel or message.rows.shape[1] != first.rows.shape[1]:
-                raise PeerError(f"its kernel differs from that of {self.roster[0]}", site=site)
-        return galleries
+        present = self.join(START, start, lambda _: versions([strategy]), abort_signal, fl_ctx)
+        now = dt.datetime.now(dt.UTC)
+        for site, said in present.items():
+            identity = self._trust.check(site, said.certificate, now)
+            self._members[site] = Member(said.certificate, identity)
+        self._here = set(present)
+        self._lost = set(self.roster) - self._here
+
+    # the kernel
+
+    def _settle(self) -> tuple[str, int]:
+        """The kernel that all sites hold from now on, and its version."""
+        holdings: dict[str, Holdings] = {}
+
+        def on_reply(site: str, fields: object) -> None:
+            holdings[site] = Holdings.from_fields(fields, from_site(site))
+
+        self._ask(HOLDINGS, Ask(), on_reply, set(self._here))
+        layouts = {said.layout: site for site, said in sorted(holdings.items()) if said.layout}
+        if len(layouts) != 1:
+            raise ServerError(
+                f"{len(layouts)} layouts of encodings, not one: no site holds the ensemble, or the"
+                " sites' plugins differ",
+                where="kernel",
+            )
+        (layout,) = layouts
+        exchanges = KernelExchanges(
+            self._job,
+            self._ensemble,
+            self._strategy,
+            self._ask,
+            self._members,
+            self._uploads,
+            self._downloads,
+        )
+        known = self._galleries.known(self._for) if self._standing else {}
+        choice = choose(holdings if self._standing else {}, known, self._rotate)
+        if choice.kernel:
+            kernel = choice.kernel
+            self._hand_over(exchanges, choice, holdings, layout)
+        else:
+            lacking = [site for site, said in holdings.items() if not said.has_ensemble]
+            if lacking:
+                raise PeerError(
+                    "it does not hold the ensemble, and no kernel is there to hand over yet",
+                    site=lacking[0],
+                    remedy="run a matching job with a standing kernel first, then onboard it",
+                )
+            kernel = exchanges.agree(self._here, choice.version, layout, self._minimum)
+        if self._standing:
+            self._galleries.begin(kernel, self._for, choice.version)
+        return kernel, choice.version
+
+    def _hand_over(
+        self,
+        exchanges: KernelExchanges,
+        choice: Choice,
+        holdings: Mapping[str, Holdings],
+        layout: str,
+    ) -> None:
+        newcomers = {site for site in self._here if site not in choice.holders}
+        if not newcomers:
+            return
+        able = [s for s in choice.holders if s in self._here and holdings[s].has_ensemble]
+        sponsor = self._sponsor or (able or [""])[0]
+        if sponsor not in able:
+            raise ServerError(
+                f"no site can hand the kernel to {', '.join(sorted(newcomers))}: sponsor"
+                f" {sponsor!r} does not hold it",
+                where="kernel",
+                remedy=f"name one of {', '.join(able) or 'the sites that hold it'}",
+            )
+        lacking = [site for site in newcomers if not holdings[site].has_ensemble]
+        exchanges.hand_over(choice, newcomers, sponsor, layout, lacking)
+
+    @property
+    def _for(self) -> dict[str, str]:
+        return {"ensemble": self._ensemble, "strategy": self._strategy}
+
+    # the gallery
+
+    def _enrol(self, kernel: str, gallery: Gallery) -> tuple[dict[str, Enrolment], Handles]:
+        """Everybody's part is up to date; returns what they ask, and what is withdrawn."""
+        enrolled: dict[str, Enrolment] = {}
+        withdrawn: list[Handles] = [np.empty((0, HANDLE_BYTES), np.uint8)]
+
+        def on_reply(site: str, fields: object) -> None:
+            fault = from_site(site)
+            new = Enrolment.from_fields(fields, fault)
+            new.check(fault)
+            if new.kernel != kernel:
+                raise PeerError(f"it enrolled under kernel {new.kernel}, not {kernel}", site=site)
+            gallery.enrol(site, new)
+            if len(new.removed):
+                self._galleries.withdraw(site, new.removed, kernel)
+            if (gallery.part(site).at(new.queries) < 0).any():
+                raise PeerError("it asks about a row that it has not enrolled", site=site)
+            statement = query_statement(
+                self._job, kernel, site, len(new.queries), handles_digest(new.queries)
+            )
+            self._members[site].identity.verify(statement, new.signature)
+            withdrawn.append(new.removed)
+            enrolled[site] = new
+
+        asks = int(self._purpose != GALLERY)
+        messages = {
+            site: Enrol(kernel, gallery.part(site).handles, asks) for site in sorted(self._here)
+        }
+        self._ask(ENROL, messages, on_reply, set(self._here))
+        if not len(gallery.rows):
+            raise ServerError("the gallery is empty: no site has enrolled an image", where="job")
+        return enrolled, np.concatenate(withdrawn)
+
+    def _consider(
+        self, kernel: str, queries: Mapping[str, Enrolment], withdrawn: Handles
+    ) -> dict[str, bytes]:
+        """Every site agrees to what is asked; returns its signature on what is withdrawn."""
+        consents: dict[str, bytes] = {}
+        digest = handles_digest(withdrawn)
+
+        def on_reply(site: str, fields: object) -> None:
+            consent = Consent.from_fields(fields, from_site(site))
+            statement = withdrawal_statement(self._job, kernel, site, digest)
+            self._members[site].identity.verify(statement, consent.signature)
+            consents[site] = consent.signature
+
+        asked = {
+            site: Query(len(new.queries), handles_digest(new.queries), new.signature)
+            for site, new in queries.items()
+        }
+        certificates = {site: self._members[site].certificate for site in asked}
+        message = Consider(kernel, asked, withdrawn, certificates)
+        self._ask(CONSIDER, message, on_reply, set(self._here))
+        return consents
+
+    def _release(
+        self,
+        rows: Rows,
+        kernel: str,
+        queries: Mapping[str, Enrolment],
+        withdrawn: Handles,
+        consents: Mapping[str, bytes],
+    ) -> None:
+        strategy = get_registry().matching.get(self._strategy)
+        certificates = {site: self._members[site].certificate for site in consents}
+        released = {}
+        for site in sorted(self._here):
+            asked = rows.rows[rows.at(queries[site].queries)]
+            scores = dense_gram(asked, rows.rows, strategy.similarities)
+            released[site] = release(
+                scores, rows, self._released_rows, withdrawn, consents, certificates
+            )
+
+        def on_reply(site: str, fields: object) -> None:
+            if Ranked.from_fields(fields, from_site(site)).kernel != kernel:
+                raise PeerError("it ranked under another kernel", site=site)
+
+        self._ask(RANK, released, on_reply, set(self._here))
 
 
 def release(
     scores: np.ndarray[Any, np.dtype[np.floating]],
-    handles: np.ndarray[Any, np.dtype[np.uint8]],
-    labels: np.ndarray[Any, np.dtype[np.uint8]],
+    rows: Rows,
     count: int,
+    withdrawn: Handles,
+    consents: Mapping[str, bytes],
+    certificates: Mapping[str, bytes],
 ) -> ReleasedRows:
     """The ``count`` best rows of each query, and the handles and labels of those rows only."""
     count = scores.shape[1] if count == ALL_ROWS else min(count, scores.shape[1])
-    columns = np.argsort(-scores, axis=1, kind="stable")[:, :count].astype(np.int32)
-    named = np.zeros((len(handles), 1), np.uint8)
-    named[np.unique(columns)] = 1
-    best = np.take_along_axis(scores, columns.astype(np.int64), 1).astype(np.float32)
-    return ReleasedRows(handles * named, labels * named, columns, best)
+    columns = np.argsort(-scores, axis=1, kind="stable")[:, :count]
+    named, numbers = np.unique(columns, return_inverse=True)
+    best = np.take_along_axis(scores, columns, 1).astype(np.float32)
+    return ReleasedRows(
+        rows.handles[named],
+        rows.labels[named],
+        numbers.reshape(columns.shape).astype(np.int32),
+        best,
+        withdrawn,
+        dict(consents),
+        dict(certificates),
+    )

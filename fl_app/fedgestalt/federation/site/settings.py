@@ -32,7 +32,8 @@ class SiteSettings(Spec):
     )
     threads: int | None = Field(default=None, ge=1, description="CPU threads; default all")
     jobs: tuple[str, ...] = Field(
-        default=("train_ensemble", "match"), description="job templates this site takes part in"
+        default=("train_ensemble", "match", "onboard", "gallery"),
+        description="job templates this site takes part in",
     )
     partners: tuple[str, ...] = Field(
         default=(), description="the only sites it works with; empty: any of the consortium"
@@ -77,6 +78,20 @@ class SiteSettings(Spec):
         default=False,
         description="whether this site takes part in evaluation jobs, which show every site the"
         " scores of its test images against all images of the others",
+    )
+    max_queries_per_job: int = Field(
+        default=2000, ge=1, description="most queries that any one site may ask in a job"
+    )
+    max_queries_per_day: int = Field(
+        default=10_000, ge=1, description="most queries that any one site may ask in a day (UTC)"
+    )
+    minimum_images_per_syndrome: int = Field(
+        default=1,
+        ge=1,
+        description="this site enrols only syndromes of which it has as many images",
+    )
+    reveal_hospital: bool = Field(
+        default=False, description="whether other hospitals see that a released row is this one's"
     )
     max_update_norm: float = Field(
         default=1.0,
@@ -142,6 +157,27 @@ class SiteSettings(Spec):
             raise _refusal(
                 f"releases {self.max_released_rows} rows per query, the job asks for {rows}",
                 "max_released_rows",
+            )
+
+    def check_queries(self, site: str, count: int, today: int) -> None:
+        """Raise SiteError if ``site`` asks too much.
+
+        Args:
+            site: who asks.
+            count: queries in this job.
+            today: queries in other jobs of this day.
+        """
+        if count > self.max_queries_per_job:
+            raise _refusal(
+                f"answers {self.max_queries_per_job} queries of a site in a job, {site} asks"
+                f" {count}",
+                "max_queries_per_job",
+            )
+        if today + count > self.max_queries_per_day:
+            raise _refusal(
+                f"answers {self.max_queries_per_day} queries of a site in a day, {site} has asked"
+                f" {today} and asks {count} more",
+                "max_queries_per_day",
             )
 
     def check_licences(self, licences: Mapping[str, str]) -> None:

@@ -11,6 +11,7 @@ from nvflare.app_common.abstract.aggregator import Aggregator
 from fedgestalt.errors import ConfigError, PeerError, ServerError
 from fedgestalt.federation.job.wire import body
 from fedgestalt.federation.training.rounds import Aggregation
+from fedgestalt.keys import Verifier
 from fedgestalt.messages import from_site
 from fedgestalt.secagg import (
     Endorsement,
@@ -19,7 +20,6 @@ from fedgestalt.secagg import (
     SessionFacts,
     ShareOffer,
     UnmaskShares,
-    Verifier,
 )
 
 

@@ -17,9 +17,9 @@ from typing import Any, Final
 from fedgestalt import RESEARCH_USE_ONLY
 from fedgestalt.errors import ConfigError, PeerError
 from fedgestalt.federation.job.identity import Trust, fingerprint_of
+from fedgestalt.keys import digest
 from fedgestalt.secagg import MINIMUM_SITES, Recipient, SessionFacts, ThreatModel
 from fedgestalt.secagg.facts import session_digest
-from fedgestalt.secagg.keys import digest
 
 TRANSCRIPT_FILE: Final = "transcript.json"
 _SCHEMA, _RECORD = "fedgestalt.transcript/1", "fedgestalt.round-record/1"

@@ -1,14 +1,16 @@
-"""Keys of one session: hybrid key pairs, sealed boxes, and every derivation, in one place.
+"""Keys of all protocols: hybrid key pairs, sealed boxes, and every derivation, in one place.
 
 A hybrid key pair is X25519 and ML-KEM-768 (FIPS 203) from one 32-byte root. A secret between two
 sites comes from both, so that it holds as long as either does. Every hash and derivation carries
-its own label and frames each part by its length: no two uses can be taken for one another.
+its own label and frames each part by its length: no two uses can be taken for one another. Pure:
+no files, no clock; certificates are behind :class:`Signer` and :class:`Verifier`.
 """
 
 from __future__ import annotations
 
 import hashlib
-from typing import Final
+from collections.abc import Callable
+from typing import Final, Protocol
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives import hashes
@@ -17,7 +19,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-PROTOCOL: Final = "fedgestalt.secagg/2"
+PROTOCOL: Final = "fedgestalt/3"
 
 HASH_BYTES: Final = 32
 _X25519_BYTES = 32
@@ -26,7 +28,24 @@ CIPHERTEXT_BYTES: Final = 1088
 TAG_BYTES: Final = 16
 _ONCE = bytes(12)
 """The nonce of keys that encrypt one message only."""
+Entropy = Callable[[int], bytes]
+"""Returns that many random bytes."""
+
 _PROBE = X25519PrivateKey.from_private_bytes(bytes(_X25519_BYTES))
+
+
+class Signer(Protocol):
+    """A site's own certificate key."""
+
+    def sign(self, statement: bytes) -> bytes:
+        """Sign 32 bytes."""
+
+
+class Verifier(Protocol):
+    """A peer's checked certificate."""
+
+    def verify(self, statement: bytes, signature: bytes) -> None:
+        """Raise PeerError if the peer did not sign ``statement``."""
 
 
 def digest(label: str, *parts: bytes) -> bytes:

@@ -1,0 +1,219 @@
+"""What a site keeps of a matching job: ranked syndromes, the queries it allowed, receipts."""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedgestalt import RESEARCH_USE_ONLY
+from fedgestalt.federation.matching.holdings import write_privately
+from fedgestalt.federation.matching.messages import Handles, ReleasedRows
+from fedgestalt.similarity.evaluation import (
+    FREQUENT_GALLERY,
+    FREQUENT_TEST,
+    rank_tables,
+    rare_gallery,
+    rare_test,
+)
+from fedgestalt.similarity.labels import PLANTED, Label
+from fedgestalt.similarity.ranking import score_syndromes
+
+MATCHES_SCHEMA: Final = "fedgestalt.matches/2"
+RECEIPT_SCHEMA: Final = "fedgestalt.withdrawal/1"
+MATCHES_FOLDER, RECEIPTS_FOLDER, LEDGER = "matches", "withdrawals", "queries.jsonl"
+_RANKED, _NEIGHBOURS = 10, 10
+
+
+@dataclass(frozen=True)
+class Queries:
+    """A site's queries, in the order of the released rows.
+
+    Attributes:
+        images: ids.
+        syndromes, roles: (n,), as far as known.
+    """
+
+    images: Sequence[str]
+    syndromes: NDArray[np.int64]
+    roles: NDArray[np.uint32]
+
+
+def write_matches(
+    store: Path,
+    job: str,
+    kernel: str,
+    site: str,
+    queries: Queries,
+    own: Mapping[str, str],
+    released: ReleasedRows,
+    labels: Mapping[int, Label],
+) -> None:
+    """Rank the site's queries and store the result at the site.
+
+    Args:
+        store: the site's folder.
+        job, kernel, site: names.
+        queries: what it asked.
+        own: image id by handle, of the site's own rows.
+        released: what came back.
+        labels: of the released rows, by number.
+    """
+    dense, syndromes, roles = dense_scores(released, labels)
+    tables = rank_tables(dense, queries.syndromes, queries.roles, syndromes, roles)
+    content: dict[str, Any] = {
+        "schema": MATCHES_SCHEMA,
+        "notice": RESEARCH_USE_ONLY,
+        "site": site,
+        "job": job,
+        "kernel": kernel,
+        "queries": [
+            {"image": image, **_ranked(dense[row], syndromes, roles, released.handles, labels)}
+            if queries.roles[row] & (FREQUENT_TEST | rare_test(0))
+            else {"image": image, "ranked": [], "neighbours": []}
+            for row, image in enumerate(queries.images)
+        ],
+        "images": [{"image": image, "handle": handle} for handle, image in own.items() if image],
+        "tables": [
+            {
+                "table": t.table,
+                "split": t.split,
+                "rows": t.rows.tolist(),
+                "ranks": t.ranks.tolist(),
+                "gallery": t.gallery,
+                "syndromes": t.syndromes,
+            }
+            for t in tables
+        ],
+    }
+    write_privately(store / MATCHES_FOLDER / f"{job}.json", json.dumps(content).encode())
+
+
+def dense_scores(
+    released: ReleasedRows, labels: Mapping[int, Label]
+) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.uint32]]:
+    """Scores (queries, rows) with -inf where nothing was released, syndromes and roles by row."""
+    count = len(released.handles)
+    dense = np.full((len(released.columns), count), -np.inf, np.float32)
+    np.put_along_axis(dense, released.columns.astype(np.int64), released.scores, 1)
+    syndromes, roles = np.full(count, -1, np.int64), np.zeros(count, np.uint32)
+    for row, label in labels.items():
+        syndromes[row], roles[row] = label.syndrome, label.roles & ~PLANTED
+    return dense, syndromes, roles
+
+
+def _ranked(
+    scores: NDArray[np.float32],
+    syndromes: NDArray[np.int64],
+    roles: NDArray[np.uint32],
+    handles: Handles,
+    labels: Mapping[int, Label],
+) -> dict[str, Any]:
+    """Ranked syndromes and nearest gallery images of one query, in the first rare split."""
+    known = np.isfinite(scores) & ((roles & (FREQUENT_GALLERY | rare_gallery(0))) > 0)
+    gallery = np.flatnonzero(known)
+    if not len(gallery):
+        return {"ranked": [], "neighbours": []}
+    ranked = score_syndromes(scores[None, gallery], syndromes[gallery]).top(0, _RANKED)
+    nearest = gallery[np.argsort(-scores[gallery], kind="stable")[:_NEIGHBOURS]]
+    return {
+        "ranked": [[syndrome, round(score, 6)] for syndrome, score in ranked],
+        "neighbours": [
+            {
+                "handle": handles[row].tobytes().hex(),
+                "case": labels[int(row)].case.hex(),
+                "hospital": labels[int(row)].hospital,
+                "syndrome": int(syndromes[row]),
+                "score": round(float(scores[row]), 6),
+            }
+            for row in nearest
+        ],
+    }
+
+
+def forget(store: Path, withdrawn: Handles) -> int:
+    """Remove neighbours that are withdrawn from all stored results; returns how many there were."""
+    gone, count = {handle.tobytes().hex() for handle in withdrawn}, 0
+    if not gone:
+        return 0
+    for path in sorted((store / MATCHES_FOLDER).glob("*.json")):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        before = count
+        for query in content["queries"]:
+            left = [n for n in query["neighbours"] if n["handle"] not in gone]
+            count += len(query["neighbours"]) - len(left)
+            query["neighbours"] = left
+        if count > before:
+            write_privately(path, json.dumps(content).encode())
+    return count
+
+
+class QueryLedger:
+    """Who has asked how much, in a site's own records."""
+
+    def __init__(self, store: Path) -> None:
+        self._path = store / LEDGER
+
+    def today(self, site: str, job: str) -> int:
+        """Queries of ``site`` in other jobs than ``job``, of this day (UTC)."""
+        if not self._path.exists():
+            return 0
+        lines = map(json.loads, self._path.read_text(encoding="utf-8").splitlines())
+        mine = {
+            (line["job"]): int(line["count"])
+            for line in lines
+            if line["day"] == _today() and line["site"] == site and line["job"] != job
+        }
+        return sum(mine.values())
+
+    def note(self, site: str, job: str, count: int) -> None:
+        """Write down that ``site`` asks ``count`` queries in a job."""
+        line = {"day": _today(), "site": site, "job": job, "count": count}
+        self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def write_receipt(
+    store: Path,
+    job: str,
+    kernel: str,
+    handles: Handles,
+    images: Sequence[str],
+    consents: Mapping[str, bytes],
+    certificates: Mapping[str, bytes],
+) -> None:
+    """Store what proves that a withdrawal reached everybody.
+
+    Args:
+        store: the site's folder.
+        job, kernel: names.
+        handles: of all rows that were withdrawn in the job.
+        images: this site's own that were withdrawn.
+        consents: checked signatures, by site.
+        certificates: PEM, of those sites.
+    """
+    content = {
+        "schema": RECEIPT_SCHEMA,
+        "job": job,
+        "kernel": kernel,
+        "day": _today(),
+        "images": list(images),
+        "handles": [handle.tobytes().hex() for handle in handles],
+        "server": "the rows were removed from every gallery",
+        "sites": {
+            site: {"signature": signature.hex(), "certificate": certificates[site].decode()}
+            for site, signature in sorted(consents.items())
+        },
+    }
+    write_privately(store / RECEIPTS_FOLDER / f"{job}.json", json.dumps(content, indent=1).encode())
+
+
+def _today() -> str:
+    return dt.datetime.now(dt.UTC).date().isoformat()
