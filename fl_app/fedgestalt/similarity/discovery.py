@@ -1,0 +1,237 @@
+"""Groups of alike subjects among the unsolved cases of all sites, from their similarities alone.
+
+The steps:
+
+- All photographs of a subject are pooled: two subjects are as similar as their photographs are on
+  average. The similarities are centred, so that ordinary faces are not everybody's neighbours.
+- Candidates are a subject and its nearest mutual neighbours: each is among the nearest of the other.
+- The closeness of a group is the mean over its pairs. Groups are taken greedily, the most
+  surprising for its size first, and share no subject.
+
+Each group has two p-values, and they answer different questions:
+
+- ``p_random``: how often does a random group of that size, with as many subjects of each site, sit
+  as close? With ``q_random``, the Benjamini-Hochberg correction over all groups taken. It says that
+  the group is close, not that it is more than a search brings up: among many subjects some group
+  always is much closer than a random one.
+- ``p_search``: how often does the same search, over subjects without groups, find anything as
+  surprising? Those subjects are made by shuffling each principal coordinate of the real ones by
+  itself, which keeps spread and shape of every coordinate and breaks what joins them. It is the
+  largest value of the whole search, as in a scan statistic (Kulldorff 1997, "A spatial scan
+  statistic"), so it needs no further correction; for all groups but the first it is conservative.
+
+Neither says that a group shares a syndrome: ancestry, age or a camera can make a group as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedgestalt.errors import DataError
+from fedgestalt.similarity.ranking import Floats, Integers, pool_queries
+
+SMALLEST: Final = 3
+LARGEST: Final = 8
+
+
+@dataclass(frozen=True)
+class Group:
+    """Subjects that are alike.
+
+    Attributes:
+        subjects: their handles, as they came in.
+        sites: the site of each.
+        closeness: mean centred similarity of its pairs.
+        p_random, q_random: against random groups, and corrected for the number of groups.
+        p_search: against the best that the search finds where there are no groups.
+    """
+
+    subjects: tuple[object, ...]
+    sites: tuple[object, ...]
+    closeness: float
+    p_random: float
+    q_random: float
+    p_search: float
+
+
+def find_groups(
+    similarities: Floats,
+    subjects: NDArray[np.generic],
+    sites: NDArray[np.generic],
+    rng: np.random.Generator,
+    *,
+    sizes: tuple[int, int] = (SMALLEST, LARGEST),
+    level: float = 0.05,
+    resamples: int = 999,
+    searches: int = 199,
+) -> list[Group]:
+    """Find groups of alike subjects.
+
+    Args:
+        similarities: (n, n) of images with each other, symmetric, cosines: 1 on the diagonal.
+        subjects: (n,) opaque handles; a handle belongs to one site.
+        sites: (n,).
+        rng: for both p-values.
+        sizes: smallest and largest size of a group.
+        level: groups with ``q_random`` above it are left out.
+        resamples: random groups for each ``p_random``.
+        searches: repetitions of the search for ``p_search``.
+
+    Returns:
+        The groups, by ``p_search``, the closest first where that is equal. Fewer subjects than
+        twice the largest size form no group.
+
+    Raises:
+        DataError: the similarities are not finite and symmetric, or the shapes do not fit.
+    """
+    _check(similarities, subjects, sites)
+    smallest, largest = sizes
+    pooled, first = pool_queries(similarities, subjects)
+    pooled = pool_queries(pooled.T, subjects)[0]
+    if len(pooled) < 2 * largest:
+        return []
+    handles, homes = subjects[first], sites[first]
+    centred = pooled - pooled.mean(0) - pooled.mean(1)[:, None] + pooled.mean()
+    order, closeness = _neighbourhoods(centred, smallest, largest)
+    best = np.array(
+        [
+            _neighbourhoods(shuffled, smallest, largest)[1].max(0)
+            for shuffled in _without_groups(centred, searches, rng)
+        ]
+    )
+    best = np.where(np.isfinite(best), best, 0)  # no candidate of that size
+    typical, spread = best.mean(0), best.std(0) + 1e-12
+    surprise = (closeness - typical) / spread
+    by_chance = ((best - typical) / spread).max(1)
+    chosen = _disjoint(order, surprise, smallest)
+    p_random = np.array(
+        [_share(centred, homes, group, closeness[cell], resamples, rng) for group, cell in chosen]
+    )
+    groups = [
+        Group(
+            tuple(handles[group].tolist()),
+            tuple(homes[group].tolist()),
+            float(closeness[cell]),
+            float(p),
+            float(q),
+            float((1 + (by_chance >= surprise[cell]).sum()) / (1 + searches)),
+        )
+        for (group, cell), p, q in zip(chosen, p_random, benjamini_hochberg(p_random), strict=True)
+        if q <= level
+    ]
+    return sorted(groups, key=lambda group: (group.p_search, -group.closeness))
+
+
+def benjamini_hochberg(p_values: Floats) -> Floats:
+    """Adjusted p-values: the false discovery rate at which each would be accepted.
+
+    Benjamini and Hochberg 1995, "Controlling the false discovery rate".
+    """
+    count = len(p_values)
+    order = np.argsort(p_values)
+    scaled = p_values[order] * count / np.arange(1, count + 1)
+    adjusted = np.empty(count)
+    adjusted[order] = np.minimum(np.minimum.accumulate(scaled[::-1])[::-1], 1)
+    return adjusted
+
+
+def _check(similarities: Floats, subjects: NDArray[np.generic], sites: NDArray[np.generic]) -> None:
+    count = len(subjects)
+    if similarities.shape != (count, count) or len(sites) != count:
+        raise DataError("similarities, subjects and sites are not of the same images")
+    if (
+        not np.isfinite(similarities).all()
+        or np.abs(similarities - similarities.T).max(initial=0) > 1e-5
+    ):
+        raise DataError(
+            "the similarities are not finite and symmetric",
+            remedy="discovery needs the similarity of every pair of unsolved images",
+        )
+
+
+def _neighbourhoods(similarities: Floats, smallest: int, largest: int) -> tuple[Integers, Floats]:
+    """Each subject with its nearest mutual neighbours.
+
+    Returns:
+        Neighbours (n, largest) of each subject, itself first, and the mean similarity of the pairs
+        of the first ``smallest`` ... ``largest`` of them; -inf where so many are not mutual.
+    """
+    count, reach = len(similarities), largest
+    near = np.zeros((count, count), bool)
+    np.put_along_axis(near, np.argpartition(-similarities, reach, axis=1)[:, : reach + 1], True, 1)
+    mutual = np.where(near & near.T, similarities, -np.inf)
+    np.fill_diagonal(mutual, np.inf)
+    order = np.argpartition(-mutual, largest, axis=1)[:, :largest]
+    values = np.take_along_axis(mutual, order, 1)
+    turn = np.argsort(-values, axis=1, kind="stable")
+    order, values = np.take_along_axis(order, turn, 1), np.take_along_axis(values, turn, 1)
+    pairs = np.tril(similarities[order[:, :, None], order[:, None, :]], -1).sum(2).cumsum(1)
+    size = np.arange(1, largest + 1)
+    means = pairs[:, 1:] / (size[1:] * size[:-1] / 2)
+    means[~np.isfinite(values[:, 1:])] = -np.inf
+    return order, means[:, smallest - 2 :]
+
+
+def _without_groups(centred: Floats, draws: int, rng: np.random.Generator) -> Iterator[Floats]:
+    """Yield similarities of as many subjects without groups.
+
+    Principal coordinates of a sample hold its noise as well, in too few dimensions. So their
+    variances are lowered by one amount, such that similarities spread as much as the real ones do
+    (soft thresholding of the spectrum).
+    """
+    count = len(centred)
+    values, vectors = np.linalg.eigh(centred)
+    target = (centred**2).sum() - (np.diagonal(centred) ** 2).sum()
+    target *= count / (count - 1)
+    low, high = 0.0, float(values[-1])
+    for _ in range(60):
+        middle = (low + high) / 2
+        too_wide = (np.maximum(values - middle, 0) ** 2).sum() > target
+        low, high = (middle, high) if too_wide else (low, middle)
+    kept = values > high
+    coordinates = vectors[:, kept] * np.sqrt(values[kept] - high)
+    for _ in range(draws):
+        shuffled = rng.permuted(coordinates, axis=0)
+        yield shuffled @ shuffled.T
+
+
+def _disjoint(
+    order: Integers, surprise: Floats, smallest: int
+) -> list[tuple[Integers, tuple[int, int]]]:
+    """Groups that share no subject, the most surprising first, with their cell of ``surprise``."""
+    taken = np.zeros(len(order), bool)
+    chosen = []
+    for flat in np.argsort(-surprise, axis=None, kind="stable"):
+        row, column = divmod(int(flat), surprise.shape[1])
+        if not np.isfinite(surprise[row, column]):
+            break
+        group = order[row, : column + smallest]
+        if not taken[group].any():
+            taken[group] = True
+            chosen.append((group, (row, column)))
+    return chosen
+
+
+def _share(
+    similarities: Floats,
+    sites: NDArray[np.generic],
+    group: Integers,
+    closeness: float,
+    draws: int,
+    rng: np.random.Generator,
+) -> float:
+    """How many random groups with as many subjects of each site are as close; never 0."""
+    parts = []
+    for site, wanted in zip(*np.unique(sites[group], return_counts=True), strict=True):
+        members = np.flatnonzero(sites == site)
+        parts.append(members[rng.random((draws, len(members))).argsort(axis=1)[:, :wanted]])
+    drawn = np.concatenate(parts, axis=1)
+    blocks = similarities[drawn[:, :, None], drawn[:, None, :]]
+    size = len(group)
+    means = (blocks.sum((1, 2)) - np.trace(blocks, axis1=1, axis2=2)) / (size * (size - 1))
+    return float((1 + (means >= closeness - 1e-12).sum()) / (1 + draws))
