@@ -4,7 +4,8 @@ The steps:
 
 - All photographs of a subject are pooled: two subjects are as similar as their photographs are on
   average. The similarities are centred, so that ordinary faces are not everybody's neighbours.
-- Candidates are a subject and its nearest mutual neighbours: each is among the nearest of the other.
+- Candidates are a subject and its nearest mutual neighbours: each of the two is among the nearest
+  of the other.
 - The closeness of a group is the mean over its pairs. Groups are taken greedily, the most
   surprising for its size first, and share no subject.
 

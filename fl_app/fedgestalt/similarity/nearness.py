@@ -4,8 +4,8 @@ The distance of a query is that to its k-th nearest *subject* of the gallery (a 
 as its nearest photograph), 1 - cosine. The gallery gives the yardstick: the same distance of each
 of its images when its own subject is left out. The p-value is conformal (Vovk, Gammerman and Shafer
 2005, "Algorithmic Learning in a Random World"): under the assumption that the query is one more
-subject of the gallery's population, a p-value of at most a comes up with probability a, except for
-the neighbours that images of one subject share.
+subject of the gallery's population, a p-value of at most a comes up with probability a. Images that
+the ensemble was trained on do not belong to that population.
 
 A small p-value says that the query is farther from everybody than diagnosed patients are from each
 other: that its ranked syndromes deserve little trust. A large one does not say that the person is
@@ -60,19 +60,27 @@ class Nearness:
 
 
 def calibrate(
-    similarities: Floats, subjects: NDArray[np.generic], neighbours: int = NEIGHBOURS
+    similarities: Floats,
+    subjects: NDArray[np.generic],
+    gallery_subjects: NDArray[np.generic],
+    neighbours: int = NEIGHBOURS,
 ) -> Nearness:
-    """Measure how far the images of a gallery are from its other subjects.
+    """Measure how far images of the gallery are from its other subjects.
 
     Args:
-        similarities: (images, images) of the gallery with itself.
+        similarities: (images, gallery) of some or all gallery images with the whole gallery. Those
+            that the ensemble trained on lie closer together than any new one: where there are
+            enough others (``validation``), give their rows only.
         subjects: (images,) names or numbers.
+        gallery_subjects: (gallery,).
         neighbours: see :class:`Nearness`.
 
     Raises:
-        DataError: the gallery has no more than ``neighbours`` subjects.
+        DataError: there is no image, or the gallery has no more than ``neighbours`` subjects.
     """
-    distances = kth_distances(similarities, subjects, neighbours, own_subjects=subjects)
+    if not len(subjects):
+        raise DataError("there is no image to measure the gallery with")
+    distances = kth_distances(similarities, gallery_subjects, neighbours, own_subjects=subjects)
     _, member, photographs = np.unique(subjects, return_inverse=True, return_counts=True)
     order = np.argsort(distances, kind="stable")
     return Nearness(neighbours, distances[order], (1 / photographs[member])[order])
