@@ -17,9 +17,10 @@ Each group has two p-values, and they answer different questions:
   always is much closer than a random one.
 - ``p_search``: how often does the same search, over subjects without groups, find anything as
   surprising? Those subjects are made by shuffling each principal coordinate of the real ones by
-  itself, which keeps spread and shape of every coordinate and breaks what joins them. It is the
-  largest value of the whole search, as in a scan statistic (Kulldorff 1997, "A spatial scan
-  statistic"), so it needs no further correction; for all groups but the first it is conservative.
+  itself, which keeps its spread and shape and breaks what joins them, and then moving each to the
+  distance from the centre that a real one has. Compared is the largest value of a whole search,
+  as in a scan statistic (Kulldorff 1997, "A spatial scan statistic"), so no further correction is
+  needed; for all groups but the first it is conservative.
 
 Neither says that a group shares a syndrome: ancestry, age or a camera can make a group as well.
 """
@@ -196,8 +197,10 @@ def _without_groups(centred: Floats, draws: int, rng: np.random.Generator) -> It
         low, high = (middle, high) if too_wide else (low, middle)
     kept = values > high
     coordinates = vectors[:, kept] * np.sqrt(values[kept] - high)
+    radius = np.linalg.norm(coordinates, axis=1, keepdims=True)
     for _ in range(draws):
         shuffled = rng.permuted(coordinates, axis=0)
+        shuffled *= radius / np.maximum(np.linalg.norm(shuffled, axis=1, keepdims=True), 1e-12)
         yield shuffled @ shuffled.T
 
 
