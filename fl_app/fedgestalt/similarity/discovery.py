@@ -102,14 +102,11 @@ def find_groups(
     order, closeness = _neighbourhoods(centred, smallest, largest)
     best = np.array(
         [
-            _neighbourhoods(shuffled, smallest, largest)[1].max(0)
-            for shuffled in _without_groups(centred, searches, rng)
+            _neighbourhoods(made, smallest, largest)[1].max(0)
+            for made in _without_groups(centred, searches, rng)
         ]
     )
-    best = np.where(np.isfinite(best), best, 0)  # no candidate of that size
-    typical, spread = best.mean(0), best.std(0) + 1e-12
-    surprise = (closeness - typical) / spread
-    by_chance = ((best - typical) / spread).max(1)
+    surprise, by_chance = _surprise(closeness, best)
     chosen = _disjoint(order, surprise, smallest)
     p_random = np.array(
         [_share(centred, homes, group, closeness[cell], resamples, rng) for group, cell in chosen]
@@ -163,14 +160,14 @@ def _neighbourhoods(similarities: Floats, smallest: int, largest: int) -> tuple[
         Neighbours (n, largest) of each subject, itself first, and the mean similarity of the pairs
         of the first ``smallest`` ... ``largest`` of them; -inf where so many are not mutual.
     """
-    count, reach = len(similarities), largest
-    near = np.zeros((count, count), bool)
-    np.put_along_axis(near, np.argpartition(-similarities, reach, axis=1)[:, : reach + 1], True, 1)
-    mutual = np.where(near & near.T, similarities, -np.inf)
-    np.fill_diagonal(mutual, np.inf)
-    order = np.argpartition(-mutual, largest, axis=1)[:, :largest]
-    values = np.take_along_axis(mutual, order, 1)
-    turn = np.argsort(-values, axis=1, kind="stable")
+    ranked = similarities.copy()
+    np.fill_diagonal(ranked, np.inf)
+    order = np.argpartition(-ranked, largest, axis=1)[:, : largest + 1]
+    near = np.zeros(ranked.shape, bool)
+    np.put_along_axis(near, order, True, 1)
+    mutual = near[order, np.arange(len(order))[:, None]]
+    values = np.where(mutual, np.take_along_axis(ranked, order, 1), -np.inf)
+    turn = np.argsort(-values, axis=1, kind="stable")[:, :largest]
     order, values = np.take_along_axis(order, turn, 1), np.take_along_axis(values, turn, 1)
     pairs = np.tril(similarities[order[:, :, None], order[:, None, :]], -1).sum(2).cumsum(1)
     size = np.arange(1, largest + 1)
@@ -202,6 +199,27 @@ def _without_groups(centred: Floats, draws: int, rng: np.random.Generator) -> It
         shuffled = rng.permuted(coordinates, axis=0)
         shuffled *= radius / np.maximum(np.linalg.norm(shuffled, axis=1, keepdims=True), 1e-12)
         yield shuffled @ shuffled.T
+
+
+def _surprise(closeness: Floats, best: Floats) -> tuple[Floats, Floats]:
+    """How far each candidate is above the closest of its size in searches that find no group.
+
+    Args:
+        closeness: (n, sizes) of the candidates.
+        best: (searches, sizes) of the closest ones where there are no groups; -inf where there was
+            no candidate. A size that most of them lack is not considered.
+
+    Returns:
+        (n, sizes) in standard deviations, and (searches,) the largest of each search.
+    """
+    there = np.isfinite(best)
+    considered = there.mean(0) > 0.5
+    count = np.maximum(there.sum(0), 1)
+    typical = np.where(there, best, 0).sum(0) / count
+    spread = np.sqrt((np.where(there, best - typical, 0) ** 2).sum(0) / count) + 1e-12
+    surprise, chance = ((x - typical) / spread for x in (closeness, best))
+    surprise[:, ~considered] = chance[:, ~considered] = -np.inf
+    return surprise, chance.max(1)
 
 
 def _disjoint(

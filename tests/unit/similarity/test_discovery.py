@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -28,7 +30,7 @@ def unsolved(
     return images @ images.T, member, np.array(["bonn", "kiel", "ulm"])[member % 3]
 
 
-def found(seed: int, groups: int, **options: int) -> list[Group]:
+def found(seed: int, groups: int, **options: Any) -> list[Group]:
     rng = np.random.default_rng(seed)
     return find_groups(*unsolved(seed, groups), rng, searches=99, resamples=199, **options)
 
@@ -58,6 +60,11 @@ def test_a_search_where_there_is_nothing_seldom_says_that_there_is() -> None:
     best = [min((g.p_search for g in found(seed, 0)), default=1.0) for seed in range(2, 42)]
     assert np.mean(np.array(best) <= 0.05) <= 0.15
     assert np.mean(best) > 0.3
+
+
+def test_a_size_that_searches_seldom_reach_is_not_taken_for_a_discovery() -> None:
+    best = [min((g.p_search for g in found(s, 0, sizes=(3, 16))), default=1.0) for s in range(9)]
+    assert np.mean(np.array(best) <= 0.05) <= 0.25
 
 
 def test_random_groups_are_beaten_even_where_there_is_nothing() -> None:
