@@ -1,11 +1,13 @@
 """Encodings of the cohort ``synthetic`` and of controls, by an ensemble trained on its gallery.
 
 The ensemble, its seed and the number of rounds are the defaults of a training job, on the pooled
-photographs. Controls are subjects of the same renderer with syndromes of severity 0.
+photographs. Controls, in eight cohorts, are subjects of the same renderer whose syndromes have
+severity 0.
 """
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +29,9 @@ from fedgestalt.learning.training import LocalTrainer
 from fedgestalt_plugins.cohorts.synthetic import Parameters, SyntheticCohort
 
 ROUNDS = TrainingJob().rounds
-CONTROLS = Parameters(
-    seed=12, severity=0.0, severity_spread=0.0, frequent_subjects=5, rare_subjects=2
+CONTROLS = tuple(
+    Parameters(seed=s, severity=0.0, severity_spread=0.0, frequent_subjects=5, rare_subjects=2)
+    for s in range(12, 20)
 )
 
 
@@ -46,17 +49,21 @@ class Encoded:
         return sorted(self.cohort.images)
 
 
-def encode_synthetic(seed: int = 1) -> tuple[Encoded, Encoded]:
-    """The cohort ``synthetic`` and its controls; kept in the cache once computed."""
-    cohorts = [_open(SyntheticCohort()), _open(SyntheticCohort(CONTROLS))]
-    kept = default_cache() / f"discovery-{cohorts[0].version}-{cohorts[1].version}-{seed}.npz"
+def encode_synthetic(seed: int = 1) -> tuple[Encoded, list[Encoded]]:
+    """The cohort ``synthetic`` and cohorts of controls; minutes, then kept in the cache."""
+    cohorts = [_open(SyntheticCohort()), *(_open(SyntheticCohort(p)) for p in CONTROLS)]
+    versions = hashlib.sha256("|".join(c.version for c in cohorts).encode()).hexdigest()
+    kept = default_cache() / f"benchmark-encodings-{versions[:8]}-{seed}.npz"
     if not kept.exists():
-        np.savez(kept, **_encode(cohorts, seed))
-    arrays = np.load(kept)
-    whole, controls = (
-        Encoded(cohort, arrays[f"trained{i}"], arrays[f"untouched{i}"])
-        for i, cohort in enumerate(cohorts)
-    )
+        arrays = _encode(cohorts, seed)
+        with kept.with_suffix(".partial").open("wb") as stream:
+            np.savez(stream, **arrays)
+        kept.with_suffix(".partial").replace(kept)
+    with np.load(kept) as arrays:
+        whole, *controls = (
+            Encoded(cohort, arrays[f"trained{i}"], arrays[f"untouched{i}"])
+            for i, cohort in enumerate(cohorts)
+        )
     return whole, controls
 
 

@@ -115,7 +115,8 @@ def plain_bootstrap(found: list[Outcome], draws: int) -> list[list[float]]:
                 by_syndrome.setdefault((outcome.split, outcome.syndrome), []).append(outcome.rank)
         result.append(
             [
-                float(np.mean([np.mean([0 < r <= k for r in rs]) for rs in by_syndrome.values()]))
+                sum(sum(0 < r <= k for r in rs) / len(rs) for rs in by_syndrome.values())
+                / len(by_syndrome)
                 for k in TOP_K
             ]
         )

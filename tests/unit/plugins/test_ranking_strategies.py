@@ -95,6 +95,23 @@ def test_without_a_strategy_syndromes_score_as_their_nearest_image() -> None:
     )
 
 
+def test_a_strategy_sees_columns_sorted_by_syndrome_and_then_by_subject() -> None:
+    class Probe:
+        name, summary, licence, pools_subjects = "probe", "looks", "MIT", False
+
+        def scores(self, similarities: np.ndarray, gallery: Gallery) -> np.ndarray:
+            self.seen = gallery
+            return np.maximum.reduceat(similarities, gallery.syndrome_starts, axis=1)
+
+    probe = Probe()
+    syndromes, subjects = np.array([9, 4, 9, 4, 9]), np.array(["b", "b", "a", "b", "b"])
+    score_syndromes(np.zeros((1, 5)), syndromes, probe, subjects)
+    assert probe.seen.syndromes.tolist() == [0, 0, 1, 1, 1]
+    assert probe.seen.subjects.tolist() == [0, 0, 1, 2, 2], "b of 4 is not b of 9"
+    assert probe.seen.syndrome_starts.tolist() == [0, 2]
+    assert probe.seen.subject_starts.tolist() == [0, 2, 3]
+
+
 def test_three_votes_beat_one_nearer_image() -> None:
     similarities = np.array([[0.9, 0.8, 0.7, 0.6, -0.5]])
     syndromes = np.array([1, 2, 2, 2, 3])
