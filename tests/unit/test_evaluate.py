@@ -27,6 +27,7 @@ from fedgestalt.cohort import (
 )
 from fedgestalt.hooks import get_registry
 from fedgestalt.similarity.evaluation import TABLES
+from fedgestalt.similarity.nearness import calibrate
 
 FREQUENT, RARE, CONTROLS = (1, 2, 3, 4), (5, 6), 7
 TERMS = ("HP:0000154", "HP:0000160", "HP:0011304", "HP:0000218", "HP:0000316", "HP:0000347")
@@ -214,6 +215,20 @@ def test_held_out_syndromes_and_controls_are_told_apart(file: Path, cohort: Coho
     said = done("evaluate", file, "--cohort", cohort.root)
     assert "held out: AUROC" in said
     assert "controls: AUROC" in said
+
+
+def test_the_yardstick_is_images_that_the_ensemble_did_not_train_on(
+    file: Path, cohort: Cohort, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def spy(similarities: np.ndarray, subjects: np.ndarray, gallery: np.ndarray) -> Any:
+        seen.append((len(set(subjects.tolist())), similarities.shape))
+        return calibrate(similarities, subjects, gallery)
+
+    monkeypatch.setattr("fedgestalt.evaluate.calibrate", spy)
+    document(file, cohort)
+    assert seen == [(24, (48, 64))]
 
 
 def refused_last(code: int, file: Path, cohort: Cohort, *options: object) -> str:

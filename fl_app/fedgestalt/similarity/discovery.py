@@ -76,7 +76,8 @@ def find_groups(
 
     Args:
         similarities: (n, n) of images with each other, symmetric, cosines: 1 on the diagonal.
-        subjects: (n,) opaque handles; a handle belongs to one site.
+        subjects: (n,) opaque handles, as text or numbers (NumPy cuts zeros off the end of bytes);
+            a handle belongs to one site.
         sites: (n,).
         rng: for both p-values.
         sizes: smallest and largest size of a group.

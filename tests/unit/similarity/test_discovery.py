@@ -10,7 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedgestalt.errors import DataError
-from fedgestalt.similarity.discovery import Group, benjamini_hochberg, find_groups
+from fedgestalt.similarity.discovery import (
+    Group,
+    _neighbourhoods,
+    _surprise,
+    benjamini_hochberg,
+    find_groups,
+)
 
 
 def unsolved(
@@ -45,6 +51,27 @@ def test_groups_that_are_there_are_found_across_sites() -> None:
     assert sorted(members, key=min) == [set(range(5)), set(range(5, 10))]
 
 
+@given(st.integers(0, 2**32))
+def test_candidates_are_mutual_neighbours_with_the_mean_of_their_pairs(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    rows = rng.normal(size=(20, 4))
+    similarities = rows @ rows.T
+    order, closeness = _neighbourhoods(similarities, 3, 6)
+    others = np.where(np.eye(20, dtype=bool), -np.inf, similarities)
+    near = [set(np.argsort(-row)[:6].tolist()) for row in others]
+    for subject in range(20):
+        mutual = [j for j in near[subject] if subject in near[j]]
+        mutual.sort(key=lambda j: -similarities[subject, j])
+        for column, size in enumerate(range(3, 7)):
+            if len(mutual) < size - 1:
+                assert closeness[subject, column] == -np.inf
+                continue
+            group = [subject, *mutual[: size - 1]]
+            assert order[subject, :size].tolist() == group
+            pairs = [similarities[a, b] for i, a in enumerate(group) for b in group[:i]]
+            assert closeness[subject, column] == pytest.approx(np.mean(pairs))
+
+
 def test_groups_share_no_subject_and_keep_their_size() -> None:
     groups = found(1, 3, sizes=(3, 6))
     named = [subject for group in groups for subject in group.subjects]
@@ -63,8 +90,12 @@ def test_a_search_where_there_is_nothing_seldom_says_that_there_is() -> None:
 
 
 def test_a_size_that_searches_seldom_reach_is_not_taken_for_a_discovery() -> None:
-    best = [min((g.p_search for g in found(s, 0, sizes=(3, 16))), default=1.0) for s in range(9)]
-    assert np.mean(np.array(best) <= 0.05) <= 0.25
+    best = np.array([[0.5, 0.3], [0.6, -np.inf], [0.7, -np.inf]])
+    surprise, by_chance = _surprise(np.array([[0.8, 0.9], [0.6, -np.inf]]), best)
+    assert np.isneginf(surprise[:, 1]).all()
+    assert surprise[1, 0] == pytest.approx(0)
+    assert surprise[0, 0] == pytest.approx(0.2 / np.std([0.5, 0.6, 0.7]))
+    assert by_chance.tolist() == sorted(by_chance.tolist())
 
 
 def test_random_groups_are_beaten_even_where_there_is_nothing() -> None:
