@@ -15,12 +15,16 @@ Each group has two p-values, and they answer different questions:
   as close? With ``q_random``, the Benjamini-Hochberg correction over all groups taken. It says that
   the group is close, not that it is more than a search brings up: among many subjects some group
   always is much closer than a random one.
-- ``p_search``: how often does the same search, over subjects without groups, find anything as
-  surprising? Those subjects are made by shuffling each principal coordinate of the real ones by
-  itself, which keeps its spread and shape and breaks what joins them, and then moving each to the
-  distance from the centre that a real one has. Compared is the largest value of a whole search,
-  as in a scan statistic (Kulldorff 1997, "A spatial scan statistic"), so no further correction is
-  needed; for all groups but the first it is conservative.
+- ``p_search``: how often does the same search, over as many subjects without groups, find anything
+  as surprising? Compared is the largest value of a whole search, as in a scan statistic (Kulldorff
+  1997, "A spatial scan statistic"), so no further correction is needed; for all groups but the
+  first it is conservative.
+
+Subjects without groups are, best of all, real ones who share no syndrome: controls, or one
+diagnosed subject of each syndrome. Where there are too few of them, they are made by shuffling each
+principal coordinate of the unsolved cases by itself, which keeps its spread and shape and breaks
+what joins them. In an even cloud that p-value is too large; where ancestry or age make lumps, it
+can be too small.
 
 Neither says that a group shares a syndrome: ancestry, age or a camera can make a group as well.
 """
@@ -71,6 +75,7 @@ def find_groups(
     level: float = 0.05,
     resamples: int = 999,
     searches: int = 199,
+    unrelated: tuple[Floats, NDArray[np.generic]] | None = None,
 ) -> list[Group]:
     """Find groups of alike subjects.
 
@@ -84,29 +89,31 @@ def find_groups(
         level: groups with ``q_random`` above it are left out.
         resamples: random groups for each ``p_random``.
         searches: repetitions of the search for ``p_search``.
+        unrelated: similarities (m, m) and subjects (m,) of images of people who share no syndrome,
+            at least twice as many people as ``subjects`` has; by default they are made up.
 
     Returns:
         The groups, by ``p_search``, the closest first where that is equal. Fewer subjects than
         twice the largest size form no group.
 
     Raises:
-        DataError: the similarities are not finite and symmetric, or the shapes do not fit.
+        DataError: the similarities are not finite and symmetric, the shapes do not fit, or there
+            are too few unrelated people.
     """
-    _check(similarities, subjects, sites)
+    if len(sites) != len(subjects):
+        raise DataError("subjects and sites are not of the same images")
     smallest, largest = sizes
-    pooled, first = pool_queries(similarities, subjects)
-    pooled = pool_queries(pooled.T, subjects)[0]
+    pooled, first = _pool(similarities, subjects)
     if len(pooled) < 2 * largest:
         return []
     handles, homes = subjects[first], sites[first]
-    centred = pooled - pooled.mean(0) - pooled.mean(1)[:, None] + pooled.mean()
+    centred = _centre(pooled)
+    if unrelated is None:
+        without_groups = _shuffled(centred, searches, rng)
+    else:
+        without_groups = _drawn(_pool(*unrelated)[0], len(centred), searches, rng)
     order, closeness = _neighbourhoods(centred, smallest, largest)
-    best = np.array(
-        [
-            _neighbourhoods(made, smallest, largest)[1].max(0)
-            for made in _without_groups(centred, searches, rng)
-        ]
-    )
+    best = np.array([_neighbourhoods(made, smallest, largest)[1].max(0) for made in without_groups])
     surprise, by_chance = _surprise(closeness, best)
     chosen = _disjoint(order, surprise, smallest)
     p_random = np.array(
@@ -140,18 +147,25 @@ def benjamini_hochberg(p_values: Floats) -> Floats:
     return adjusted
 
 
-def _check(similarities: Floats, subjects: NDArray[np.generic], sites: NDArray[np.generic]) -> None:
+def _pool(similarities: Floats, subjects: NDArray[np.generic]) -> tuple[Floats, Integers]:
+    """Mean similarities of subjects, and the row of each one's first image."""
     count = len(subjects)
-    if similarities.shape != (count, count) or len(sites) != count:
-        raise DataError("similarities, subjects and sites are not of the same images")
-    if (
-        not np.isfinite(similarities).all()
-        or np.abs(similarities - similarities.T).max(initial=0) > 1e-5
-    ):
+    if similarities.shape != (count, count):
+        raise DataError("similarities and subjects are not of the same images")
+    gap = np.abs(similarities - similarities.T).max(initial=0)
+    if not np.isfinite(similarities).all() or gap > 1e-5:
         raise DataError(
             "the similarities are not finite and symmetric",
-            remedy="discovery needs the similarity of every pair of unsolved images",
+            remedy="discovery needs the similarity of every pair of images",
         )
+    pooled, first = pool_queries(similarities, subjects)
+    return pool_queries(pooled.T, subjects)[0], first
+
+
+def _centre(similarities: Floats) -> Floats:
+    rows, columns = similarities.mean(1, keepdims=True), similarities.mean(0)
+    centred: Floats = similarities - rows - columns + similarities.mean()
+    return centred
 
 
 def _neighbourhoods(similarities: Floats, smallest: int, largest: int) -> tuple[Integers, Floats]:
@@ -177,8 +191,20 @@ def _neighbourhoods(similarities: Floats, smallest: int, largest: int) -> tuple[
     return order, means[:, smallest - 2 :]
 
 
-def _without_groups(centred: Floats, draws: int, rng: np.random.Generator) -> Iterator[Floats]:
-    """Yield similarities of as many subjects without groups.
+def _drawn(unrelated: Floats, count: int, draws: int, rng: np.random.Generator) -> Iterator[Floats]:
+    """Yield centred similarities of ``count`` of the unrelated subjects, drawn anew each time."""
+    if len(unrelated) < 2 * count:
+        raise DataError(
+            f"{len(unrelated)} unrelated people are too few for {count} unsolved cases",
+            remedy="give twice as many, or none",
+        )
+    for _ in range(draws):
+        some = rng.choice(len(unrelated), count, replace=False)
+        yield _centre(unrelated[np.ix_(some, some)])
+
+
+def _shuffled(centred: Floats, draws: int, rng: np.random.Generator) -> Iterator[Floats]:
+    """Yield similarities of made-up subjects without groups.
 
     Principal coordinates of a sample hold its noise as well, in too few dimensions. So their
     variances are lowered by one amount, such that similarities spread as much as the real ones do
@@ -195,10 +221,8 @@ def _without_groups(centred: Floats, draws: int, rng: np.random.Generator) -> It
         low, high = (middle, high) if too_wide else (low, middle)
     kept = values > high
     coordinates = vectors[:, kept] * np.sqrt(values[kept] - high)
-    radius = np.linalg.norm(coordinates, axis=1, keepdims=True)
     for _ in range(draws):
         shuffled = rng.permuted(coordinates, axis=0)
-        shuffled *= radius / np.maximum(np.linalg.norm(shuffled, axis=1, keepdims=True), 1e-12)
         yield shuffled @ shuffled.T
 
 

@@ -20,7 +20,7 @@ from fedgestalt.similarity.discovery import (
 
 
 def unsolved(
-    seed: int, groups: int, subjects: int = 60, size: int = 48, pull: float = 1.5
+    seed: int, groups: int, subjects: int = 60, size: int = 48, pull: float = 2.5
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Similarities of images, subjects and sites; subjects 0-4 are the first group, and so on.
 
@@ -135,6 +135,41 @@ def test_random_groups_come_from_the_same_sites() -> None:
     assert np.mean(aware) > 5 * np.mean(blind)
 
 
+def lumpy(seed: int, subjects: int) -> np.ndarray:
+    """Similarities of people in twelve lumps, as ancestry and age make them; no syndrome."""
+    lumps = 1.2 * np.random.default_rng(0).normal(size=(12, 48))
+    rng = np.random.default_rng(seed)
+    people = lumps[rng.integers(0, 12, subjects)] + rng.normal(size=(subjects, 48))
+    people /= np.linalg.norm(people, axis=1, keepdims=True)
+    return people @ people.T
+
+
+def test_people_who_share_no_syndrome_tell_lumps_from_discoveries() -> None:
+    unrelated = lumpy(1, 240), np.arange(240)
+
+    def best(seed: int, **options: Any) -> float:
+        names, rng = np.arange(60), np.random.default_rng(seed)
+        groups = find_groups(lumpy(seed, 60), names, names % 3, rng, searches=99, **options)
+        return min((group.p_search for group in groups), default=1.0)
+
+    seeds = range(2, 12)
+    assert np.mean([best(seed) <= 0.05 for seed in seeds]) > 0.5
+    assert np.mean([best(seed, unrelated=unrelated) <= 0.05 for seed in seeds]) <= 0.2
+
+
+def test_a_group_stands_out_among_people_who_share_no_syndrome() -> None:
+    similarities, subjects, _ = unsolved(9, 0, subjects=130)
+    first, *_ = found(9, 1, unrelated=(similarities, subjects))
+    assert set(first.subjects) == set(range(5))
+    assert first.p_search == 0.01
+
+
+def test_too_few_unrelated_people_are_refused() -> None:
+    similarities, subjects, _ = unsolved(9, 0, subjects=119)
+    with pytest.raises(DataError, match="119 unrelated people are too few for 60"):
+        found(9, 1, unrelated=(similarities, subjects))
+
+
 def test_too_few_subjects_form_no_group() -> None:
     similarities, subjects, sites = unsolved(7, 1, subjects=15)
     assert find_groups(similarities, subjects, sites, np.random.default_rng(0)) == []
@@ -144,7 +179,7 @@ def test_too_few_subjects_form_no_group() -> None:
 def test_similarities_that_are_not_of_all_pairs_are_refused(damage: str) -> None:
     similarities, subjects, sites = unsolved(8, 0)
     if damage == "short":
-        subjects = subjects[:-1]
+        subjects, sites = subjects[:-1], sites[:-1]
     else:
         similarities[1, 2] = -np.inf if damage == "unreleased" else 0.9
     with pytest.raises(DataError, match="similarit"):
