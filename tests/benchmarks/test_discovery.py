@@ -2,6 +2,7 @@
 
 The unsolved cases are the subjects of the six rare syndromes, dealt to three sites: the ensemble
 never saw them, and no syndrome is told to the search. Beside them, and alone, stand controls.
+The first run trains and encodes for minutes; ``-s`` shows the numbers.
 """
 
 from __future__ import annotations
