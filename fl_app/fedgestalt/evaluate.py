@@ -211,8 +211,11 @@ def _nearness(
     found: dict[str, Separation] = {
         name: measure_separation(known, p_values(wanted)) for name, wanted in others.items()
     }
+    level = next(iter(found.values())).level
+    far = scale.threshold(level)
     return {
         "neighbours": NEIGHBOURS,
+        "threshold_distance": far if np.isfinite(far) else None,
         "calibrated_on": "validation" if enough else "gallery",
         **{name: dataclasses.asdict(separation) for name, separation in found.items()},
     }

@@ -207,6 +207,7 @@ def test_without_hpo3_faces_still_rank(
 def test_held_out_syndromes_and_controls_are_told_apart(file: Path, cohort: Cohort) -> None:
     found = document(file, cohort)["nearness"]
     assert found["calibrated_on"] == "validation"
+    assert 0 < found["threshold_distance"] < 2
     assert (found["held_out"]["others"], found["controls"]["others"]) == (40, 20)
     assert found["held_out"]["known"] == 16
     for name in ("held_out", "controls"):
