@@ -200,6 +200,63 @@ def cohort_check(folder: Path, as_json: bool) -> None:
         sys.exit(WORK_FAILED)
 
 
+@main.command()
+@click.argument("encodings", type=click.Path(path_type=Path))
+@click.option(
+    "--cohort",
+    "folder",
+    type=click.Path(path_type=Path),
+    required=True,
+    metavar="DIR",
+    help="Folder in GMDB layout that the encodings are of.",
+)
+@click.option(
+    "--strategy",
+    metavar="NAME",
+    help="Compare through this matching strategy, under a fresh mask; in the clear by default.",
+)
+@click.option(
+    "--ranking",
+    default="nearest-image",
+    show_default=True,
+    metavar="NAME",
+    help="Ranking strategy.",
+)
+@click.option(
+    "--hpo-weight",
+    type=click.FloatRange(0, 1),
+    default=0.0,
+    show_default=True,
+    metavar="W",
+    help="Weight of HPO terms beside the face, 0 to 1.",
+)
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=1, show_default=True, help="Of the intervals."
+)
+@_json_option
+def evaluate(
+    encodings: Path,
+    folder: Path,
+    strategy: str | None,
+    ranking: str,
+    hpo_weight: float,
+    seed: int,
+    as_json: bool,
+) -> None:
+    """Rank the test images of a cohort by their ENCODINGS (.npz or GMDB's .csv): four tables."""
+    from rich.console import Console
+
+    from fedgestalt.console import Steps
+    from fedgestalt.evaluate import Request, evaluate_encodings, show
+
+    request = Request(encodings, folder, strategy, ranking, hpo_weight, seed)
+    document = evaluate_encodings(request, Steps())
+    if as_json:
+        _as_json(document)
+    else:
+        show(document, Console(highlight=False))
+
+
 def _refuse_existing(out: Path) -> None:
     if out.exists():
         raise ConfigError("exists already", where=str(out), remedy="name a new folder")

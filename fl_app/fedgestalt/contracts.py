@@ -170,6 +170,49 @@ class MatchingStrategy(Described, Protocol):
         """Cosine similarities (q, g) of masked rows; runs at the server, without the seed."""
 
 
+# --- ranking -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """The images that queries were compared with, one per column of the similarities.
+
+    Images of one syndrome lie together, and among them those of one subject.
+
+    Attributes:
+        syndromes: (images,) number of each image's syndrome, from 0, ascending, without gaps.
+        subjects: (images,) number of each image's subject, likewise; it changes with the syndrome.
+    """
+
+    syndromes: NDArray[np.int64]
+    subjects: NDArray[np.int64]
+
+    @property
+    def syndrome_starts(self) -> NDArray[np.int64]:
+        """(syndromes,) column of each syndrome's first image, for ``numpy.ufunc.reduceat``."""
+        return np.flatnonzero(np.diff(self.syndromes, prepend=-1))
+
+    @property
+    def subject_starts(self) -> NDArray[np.int64]:
+        """(subjects,) column of each subject's first image."""
+        return np.flatnonzero(np.diff(self.subjects, prepend=-1))
+
+
+@runtime_checkable
+class RankingStrategy(Described, Protocol):
+    """Turns the similarities of queries and gallery images into scores of syndromes."""
+
+    @property
+    def pools_subjects(self) -> bool:
+        """Whether all photographs of a subject make one query: their mean similarities."""
+
+    def scores(self, similarities: NDArray[np.floating], gallery: Gallery) -> NDArray[np.floating]:
+        """Scores (queries, syndromes), larger is nearer, of similarities (queries, images).
+
+        A similarity is -inf where it was not released; a score is -inf where nothing was.
+        """
+
+
 # --- cohorts -------------------------------------------------------------------------------------
 
 

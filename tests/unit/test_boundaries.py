@@ -25,7 +25,7 @@ FLOORS = (
     {"learning", "secagg", "similarity"},
     {"jobs", "reporting"},
     {"federation"},
-    {"demo", "doctor", "service"},
+    {"demo", "doctor", "evaluate", "service"},
     {"cli"},
     {"__main__"},
 )

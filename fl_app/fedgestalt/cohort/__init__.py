@@ -2,6 +2,12 @@
 
 from fedgestalt.cohort.cache import default_cache, materialise
 from fedgestalt.cohort.check import check_cohort
+from fedgestalt.cohort.encodings import (
+    EncodingPart,
+    EncodingTable,
+    read_encodings,
+    write_encodings,
+)
 from fedgestalt.cohort.gmdb import read_cohort, write_cohort
 from fedgestalt.cohort.images import load_image, read_photograph, save_jpeg
 from fedgestalt.cohort.layout import image_file
@@ -13,6 +19,8 @@ from fedgestalt.cohort.tables import Finding
 __all__ = [
     "STRATEGIES",
     "Cohort",
+    "EncodingPart",
+    "EncodingTable",
     "Finding",
     "ImageRecord",
     "RareSplit",
@@ -24,9 +32,11 @@ __all__ = [
     "load_image",
     "materialise",
     "read_cohort",
+    "read_encodings",
     "read_photograph",
     "save_jpeg",
     "split_cohort",
     "write_cohort",
+    "write_encodings",
     "write_silos",
 ]

@@ -33,6 +33,7 @@ from fedgestalt.contracts import (
     MatchingStrategy,
     Options,
     Preprocessor,
+    RankingStrategy,
 )
 from fedgestalt.errors import ConfigError, PluginError, nearest
 from fedgestalt.hooks import specs
@@ -156,6 +157,9 @@ class Registry:
         self.matching: Catalogue[MatchingStrategy] = self._collect(
             "matching strategy", "matching_strategies", MatchingStrategy
         )
+        self.rankings: Catalogue[RankingStrategy] = self._collect(
+            "ranking strategy", "ranking_strategies", RankingStrategy
+        )
         self.cohorts: Catalogue[CohortSource] = self._collect("cohort", "cohorts", CohortSource)
         for problem in self.problems:
             log.warning(
@@ -164,7 +168,13 @@ class Registry:
 
     def entries(self) -> list[Entry[Described]]:
         """Every usable plugin, by kind and name."""
-        catalogues = (self.backbones, self.preprocessors, self.matching, self.cohorts)
+        catalogues = (
+            self.backbones,
+            self.preprocessors,
+            self.matching,
+            self.rankings,
+            self.cohorts,
+        )
         found = [cast("Entry[Described]", entry) for catalogue in catalogues for entry in catalogue]
         return sorted(found, key=lambda entry: (entry.kind, entry.plugin.name))
 

@@ -4,7 +4,13 @@ from collections.abc import Iterable
 
 import pluggy
 
-from fedgestalt.contracts import Backbone, CohortSource, MatchingStrategy, Preprocessor
+from fedgestalt.contracts import (
+    Backbone,
+    CohortSource,
+    MatchingStrategy,
+    Preprocessor,
+    RankingStrategy,
+)
 
 ENTRY_POINT_GROUP = "fedgestalt"
 
@@ -25,6 +31,11 @@ def fedgestalt_preprocessors() -> Iterable[Preprocessor]:  # type: ignore[empty-
 @hookspec
 def fedgestalt_matching_strategies() -> Iterable[MatchingStrategy]:  # type: ignore[empty-body]
     """Ways to compare patients of different hospitals."""
+
+
+@hookspec
+def fedgestalt_ranking_strategies() -> Iterable[RankingStrategy]:  # type: ignore[empty-body]
+    """Ways to rank syndromes by the similarities of a query."""
 
 
 @hookspec

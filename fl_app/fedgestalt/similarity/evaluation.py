@@ -15,6 +15,7 @@ in one integer which parts an image plays; it travels with its sealed label.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -22,7 +23,14 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from fedgestalt.similarity.ranking import Floats, Integers, score_syndromes
+from fedgestalt.contracts import RankingStrategy
+from fedgestalt.similarity.ranking import (
+    Floats,
+    Integers,
+    gallery_order,
+    pool_queries,
+    score_sorted,
+)
 
 TABLES: Final = ("frequent", "rare", "frequent-in-all", "rare-in-all")
 TOP_K: Final = (1, 5, 10, 30)
@@ -73,6 +81,9 @@ def rank_tables(
     gallery_syndromes: Integers,
     gallery_roles: NDArray[np.uint32],
     splits: Sequence[int] | None = None,
+    ranking: RankingStrategy | None = None,
+    query_subjects: NDArray[np.generic] | None = None,
+    gallery_subjects: NDArray[np.generic] | None = None,
 ) -> list[Ranked]:
     """Rank the queries of one site in all tables.
 
@@ -82,18 +93,38 @@ def rank_tables(
         gallery_syndromes, gallery_roles: (images,).
         splits: which rare splits to rank; by default those that the gallery names. A query whose
             split has no gallery here is a miss.
+        ranking: how syndromes score; by default as their nearest image. If it pools subjects, a
+            subject is one query, in the row of its first image.
+        query_subjects: (queries,) names or numbers; by default each image has its own.
+        gallery_subjects: (images,) likewise.
+
+    Raises:
+        PluginError: the ranking strategy breaks its contract.
     """
     if splits is None:
         splits = [s for s in range(MAXIMUM_SPLITS) if (gallery_roles & rare_gallery(s)).any()]
+    order = gallery_order(gallery_syndromes, gallery_subjects)
+    syndromes, sorted_roles = gallery_syndromes[order], gallery_roles[order]
+    subjects = None if gallery_subjects is None else gallery_subjects[order]
+    pools = ranking is not None and ranking.pools_subjects and query_subjects is not None
 
     def ranked(table: str, split: int, query_role: int, gallery_role: int) -> Ranked:
         rows = np.flatnonzero(query_roles & query_role)
-        columns = np.flatnonzero(gallery_roles & gallery_role)
-        if not len(columns):
+        places = np.flatnonzero(sorted_roles & gallery_role)
+        values = similarities[rows]
+        if pools and query_subjects is not None:
+            values, first = pool_queries(values, query_subjects[rows])
+            rows = rows[first]
+        if not len(places):
             return Ranked(table, split, rows, np.zeros(len(rows), np.int64), 0, 0)
-        scored = score_syndromes(similarities[np.ix_(rows, columns)], gallery_syndromes[columns])
+        scored = score_sorted(
+            values.take(order[places], axis=1),
+            syndromes[places],
+            ranking,
+            None if subjects is None else subjects[places],
+        )
         ranks = scored.ranks(query_syndromes[rows])
-        return Ranked(table, split, rows, ranks, len(columns), len(scored.syndromes))
+        return Ranked(table, split, rows, ranks, len(places), len(scored.syndromes))
 
     results = [ranked("frequent", 0, FREQUENT_TEST, FREQUENT_GALLERY)]
     for split in splits:
@@ -157,27 +188,25 @@ def _accuracies(
     A subject keeps its weight across splits: subjects are drawn once per resample.
     """
     subjects = {name: i for i, name in enumerate(sorted({o.subject for o in outcomes}))}
-    weights = np.ones((resamples + 1, len(subjects)), np.float32)
+    weights = np.ones((len(subjects), resamples + 1), np.float32)
     picks = rng.integers(0, len(subjects), (resamples, len(subjects)))
     for draw in range(resamples):
-        weights[draw + 1] = np.bincount(picks[draw], minlength=len(subjects))
-    totals = np.zeros((resamples + 1, len(TOP_K)))
+        weights[:, draw + 1] = np.bincount(picks[draw], minlength=len(subjects))
+    totals = np.zeros((len(TOP_K), resamples + 1))
     for split in splits:
-        mine = [o for o in outcomes if o.split == split]
-        rank = np.array([o.rank for o in mine])
-        hit = np.stack([(rank > 0) & (rank <= k) for k in TOP_K], 1).astype(np.float32)
-        subject = np.array([subjects[o.subject] for o in mine])
-        weight = weights[:, subject]
+        mine = sorted((o for o in outcomes if o.split == split), key=lambda o: o.syndrome)
         syndrome = np.array([o.syndrome for o in mine])
-        sums = np.zeros((resamples + 1, len(TOP_K)))
-        present = np.zeros((resamples + 1, 1))
-        for label in np.unique(syndrome):
-            rows = syndrome == label
-            count = weight[:, rows].sum(1, keepdims=True)
-            sums += (weight[:, rows] @ hit[rows]) / np.maximum(count, 1)
+        rank = np.array([o.rank for o in mine])
+        hits = np.stack([(rank > 0) & (rank <= k) for k in TOP_K]).astype(np.float32)
+        weight = weights[[subjects[o.subject] for o in mine]]
+        sums, present = np.zeros_like(totals), np.zeros(resamples + 1)
+        starts = np.flatnonzero(np.diff(syndrome, prepend=syndrome[0] - 1)).tolist()
+        for start, stop in itertools.pairwise([*starts, len(mine)]):
+            count = weight[start:stop].sum(0)
+            sums += (hits[:, start:stop] @ weight[start:stop]) / np.maximum(count, 1)
             present += count > 0
         totals += sums / np.maximum(present, 1)
-    totals /= len(splits)
+    totals = totals.T / len(splits)
     return totals[0], totals[1:]
 
 

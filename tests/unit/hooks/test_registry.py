@@ -26,6 +26,7 @@ from fedgestalt.contracts import (
     MatchingStrategy,
     Options,
     Preprocessor,
+    RankingStrategy,
 )
 from fedgestalt.errors import ConfigError, PluginError
 from fedgestalt.hooks import Catalogue, Registry, get_registry, hookimpl, specs
@@ -35,6 +36,7 @@ CONTRACTS = {
     "backbone": Backbone,
     "preprocessor": Preprocessor,
     "matching strategy": MatchingStrategy,
+    "ranking strategy": RankingStrategy,
     "cohort": CohortSource,
 }
 HOOKS = {
@@ -55,6 +57,7 @@ class Versatile:
     disclosure: Disclosure = field(default_factory=lambda: Disclosure("", "", ""))
     version: str = "1"
     has_patients: bool = False
+    pools_subjects: bool = False
 
     def build(self, *arguments: Any) -> Any: ...
 
@@ -63,6 +66,8 @@ class Versatile:
     def mask(self, encodings: Any, seed: bytes) -> Any: ...
 
     def similarities(self, queries: Any, gallery: Any) -> Any: ...
+
+    def scores(self, similarities: Any, gallery: Any) -> Any: ...
 
 
 @dataclass
@@ -132,6 +137,7 @@ def test_built_in_plugins_come_through_the_entry_point() -> None:
         ("cohort", "synthetic"),
         ("matching strategy", "isometry"),
         ("preprocessor", "yunet-arcface"),
+        ("ranking strategy", "nearest-image"),
     } <= {(kind, plugin.name) for kind, plugin in built_ins()}
     assert registry_with().entries() == []
 
