@@ -36,6 +36,7 @@ from fedgestalt.similarity.evaluation import (
     rare_gallery,
     rare_test,
 )
+from fedgestalt.similarity.gram import check_one_party
 from fedgestalt.similarity.kernel import (
     Kernel,
     KernelAgreement,
@@ -82,6 +83,7 @@ class FlakeMatcher(SiteExecutor):
         registry = get_registry()
         strategy = registry.matching.entry(start.strategy)
         self._strategy: MatchingStrategy = strategy.plugin
+        check_one_party(self._strategy)
         folder = self.store / "ensembles" / start.ensemble
         self._ensemble, digest = load_ensemble(folder, registry)
         if digest != start.ensemble:
@@ -118,7 +120,8 @@ class FlakeMatcher(SiteExecutor):
             self.store / "cache",
             self.counter("encoding"),
         )
-        masked = np.asarray(self._strategy.mask(encodings, kernel.masking_seed), np.float64)
+        (part,) = self._strategy.enrol(encodings, kernel.masking_seed)
+        masked = np.asarray(part.words, np.float64)
         self._handles = [new_handle() for _ in self._rows.image_ids]
         sealed = [
             seal_label(Label(int(syndrome), int(roles)), kernel, handle)

@@ -27,7 +27,7 @@ from fedgestalt.federation.site.settings import ALL_ROWS
 from fedgestalt.federation.tasks import ENCODE, KERNEL_KEYS, RANK, SEAL, START
 from fedgestalt.hooks import get_registry
 from fedgestalt.messages import from_site
-from fedgestalt.similarity.gram import dense_gram
+from fedgestalt.similarity.gram import dense_gram, similarities_of
 from fedgestalt.similarity.kernel import KernelFacts, KernelKey, KernelKeys, SealedContributions
 
 GRAM_FILE = "gram.npz"
@@ -68,6 +68,7 @@ class FlakeSimilarityWorkflow(PhasedWorkflow):
     def run(self, abort_signal: Signal, fl_ctx: FLContext) -> dict[str, Any]:
         """Match; see the module docstring."""
         strategy = get_registry().matching.get(self._strategy)
+        similarities = similarities_of(strategy)
         galleries = self._collect(abort_signal, fl_ctx)
         rows = np.concatenate([galleries[site].rows for site in self.roster])
         handles = np.concatenate([galleries[site].handles for site in self.roster])
@@ -75,10 +76,10 @@ class FlakeSimilarityWorkflow(PhasedWorkflow):
         released = {}
         for site in self.roster:
             queries = galleries[site].rows[: galleries[site].queries]
-            scores = dense_gram(queries, rows, strategy.similarities)
+            scores = dense_gram(queries, rows, similarities)
             released[site] = release(scores, handles, labels, self._released_rows)
         if self._keep_gram:
-            gram = dense_gram(rows, rows, strategy.similarities)
+            gram = dense_gram(rows, rows, similarities)
             np.savez(self.folder / GRAM_FILE, gram=gram, handles=handles)
         kernel = galleries[self.roster[0]].kernel
 

@@ -1,0 +1,300 @@
+"""Secret shares: what each party sees is random, and a wrong answer is found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from fedgestalt.contracts import Part, Question
+from fedgestalt.errors import ServerError
+from fedgestalt_plugins.matching.one_party import LENGTH_TOLERANCE
+from fedgestalt_plugins.matching.secret_shared import (
+    PARTIES,
+    QUERY_BITS,
+    ROW_BITS,
+    SecretShared,
+    _factors,
+    _fixed_point,
+)
+
+SEED = bytes(32)
+ONE = 1 << (QUERY_BITS + ROW_BITS)
+"""A score of 1."""
+
+
+def entropy(seed: int = 0) -> Callable[[int], bytes]:
+    """Predictable, for tests."""
+    return np.random.default_rng(seed).bytes
+
+
+def unit_rows(count: int, size: int, seed: int = 0) -> np.ndarray:
+    rows = np.random.default_rng(seed).normal(size=(count, size))
+    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+
+
+class Parties:
+    """A gallery of three rows, and one question whose answers are (1, 1/2, 0) and what is left."""
+
+    def __init__(self, seed: int = 0, rows: np.ndarray | None = None) -> None:
+        self.strategy = SecretShared(entropy=entropy(seed))
+        if rows is None:
+            rows = np.zeros((4, 16), np.float32)
+            rows[0, 0] = rows[2, 1] = 1
+            rows[1, :4] = 0.5
+            rows[3, 0] = -1
+        self.rows = rows
+        self.gallery = self.strategy.enrol(rows, SEED)
+        self.question = self.strategy.ask(rows[:1], SEED)
+
+    def answers(self) -> list[np.ndarray]:
+        return [
+            self.strategy.compare(
+                party, self.strategy.receive(party, self.gallery[party]), self.question.parts[party]
+            )
+            for party in range(PARTIES)
+        ]
+
+    def scores(self, answers: list[np.ndarray]) -> np.ndarray:
+        return self.strategy.open(self.question, answers)
+
+
+def test_production_takes_entropy_of_the_operating_system_afresh() -> None:
+    strategy = SecretShared()
+    first, second = (strategy.enrol(unit_rows(2, 8), SEED) for _ in range(2))
+    assert first[0].keys != second[0].keys
+    assert not np.array_equal(first[1].words, second[1].words)
+    assert strategy.ask(unit_rows(1, 8), SEED).secret != strategy.ask(unit_rows(1, 8), SEED).secret
+
+
+@given(
+    size=st.integers(1, 40),
+    queries=st.integers(1, 4),
+    rows=st.integers(1, 150),
+    seed=st.integers(0, 2**32),
+)
+def test_three_answers_sum_up_to_the_fixed_point_products(
+    size: int, queries: int, rows: int, seed: int
+) -> None:
+    strategy = SecretShared(entropy=entropy(seed), threads=1 + seed % 2)
+    asked, stored = unit_rows(queries, size, seed), unit_rows(rows, size, seed + 1)
+    question, gallery = strategy.ask(asked, SEED), strategy.enrol(stored, SEED)
+    answers = [
+        strategy.compare(p, strategy.receive(p, gallery[p]), question.parts[p])
+        for p in range(PARTIES)
+    ]
+    products = _fixed_point(asked, QUERY_BITS).view(np.int64) @ _fixed_point(
+        stored, ROW_BITS
+    ).T.view(np.int64)
+    assert np.array_equal(strategy.open(question, answers), products / ONE)
+
+
+def test_the_error_of_a_score_is_as_stated() -> None:
+    rows = unit_rows(60, 6144)
+    parties = Parties(rows=rows)
+    exact = rows[:1].astype(np.float64) @ rows.T.astype(np.float64)
+    error = parties.scores(parties.answers()) - exact
+    assert error.std() < 6e-8
+    assert np.abs(error).max() < 3e-7
+
+
+# --- what a party sees ---------------------------------------------------------------------------
+
+
+def is_uniform(octets: bytes) -> bool:
+    """Chi-square on bytes, and on the top bytes of words, where small numbers show."""
+    values = np.frombuffer(octets, np.uint8)
+    tests = [np.bincount(values, minlength=256)]
+    if len(values) >= 8 * 256 * 5:
+        tests.append(np.bincount(values[7::8], minlength=256))
+    return all(stats.chisquare(counts).pvalue > 1e-6 for counts in tests)
+
+
+def view(party: int, gallery: Part, question: Part) -> Iterator[bytes]:
+    """Everything that a party gets, and what it makes of it."""
+    for part in (gallery, question):
+        yield part.words.tobytes()
+    strategy = SecretShared()
+    received = strategy.receive(party, gallery)
+    yield received.words.tobytes()
+    yield strategy.compare(party, received, question).tobytes()
+
+
+@pytest.mark.parametrize("party", range(PARTIES))
+def test_a_partys_whole_view_is_uniform(party: int) -> None:
+    rows = np.repeat(unit_rows(1, 512), 60, axis=0)  # as telling as rows can be
+    strategy = SecretShared(entropy=entropy(party))
+    gallery, question = strategy.enrol(rows, SEED)[party], strategy.ask(rows, SEED).parts[party]
+    seen = list(view(party, gallery, question))
+    assert any(seen)
+    assert all(is_uniform(octets) for octets in seen if octets)
+
+
+def test_the_same_test_fails_on_what_is_not_masked() -> None:
+    rows = np.repeat(unit_rows(1, 512), 60, axis=0)
+    assert not is_uniform(rows.tobytes())
+    assert not is_uniform(_fixed_point(rows, ROW_BITS).tobytes())
+
+
+@pytest.mark.parametrize("party", range(PARTIES))
+def test_the_keys_of_a_party_are_uniform_and_never_those_of_all_shares(party: int) -> None:
+    strategy = SecretShared(entropy=entropy(9))
+    keys = [strategy.enrol(unit_rows(1, 4), SEED)[party].keys for _ in range(400)]
+    assert is_uniform(b"".join(keys))
+    assert {len(k) for k in keys} == {64}
+    parts = strategy.enrol(unit_rows(1, 4), SEED)
+    everything = {part.keys[i : i + 32] for part in parts for i in (0, 32)}
+    assert len(everything) == PARTIES
+    assert len({parts[party].keys[i : i + 32] for i in (0, 32)}) == PARTIES - 1
+
+
+def test_the_server_gets_keys_alone() -> None:
+    parties = Parties()
+    for part in (parties.gallery[0], parties.question.parts[0]):
+        assert not part.words.size
+
+
+def test_the_views_of_one_party_on_two_galleries_are_alike_with_the_same_entropy() -> None:
+    """What party 0 sees does not depend on the rows at all."""
+    one, two = (
+        SecretShared(entropy=entropy(4)).enrol(unit_rows(3, 8, s), SEED)[0] for s in range(2)
+    )
+    assert one.keys == two.keys
+    assert one.words.tobytes() == two.words.tobytes()
+
+
+def test_any_two_parties_together_can_read_everything_as_the_disclosure_says() -> None:
+    parties = Parties()
+    zero, one = (parties.strategy.receive(p, parties.gallery[p]).words[:, :16] for p in (0, 1))
+    share_1 = parties.strategy.receive(1, parties.gallery[1]).words[:, 16:]
+    total = zero + one - share_1  # (G0 + G1) + (G1 + G2) - G1
+    assert np.array_equal(total, _fixed_point(parties.rows, ROW_BITS))
+    assert "Together with one" in parties.strategy.disclosure.server_learns
+
+
+def test_one_answer_and_two_answers_are_uniform_to_the_asking_site() -> None:
+    parties = Parties(rows=np.repeat(unit_rows(1, 64), 3000, axis=0))
+    answers = parties.answers()
+    for party in range(PARTIES):
+        assert is_uniform(answers[party].tobytes())
+        assert is_uniform((answers[party] + answers[(party + 1) % PARTIES]).tobytes())
+
+
+@pytest.mark.parametrize("kept", range(PARTIES))
+def test_asking_again_with_one_share_kept_tells_no_more_than_scores(kept: int) -> None:
+    """Zeros are bound to shares: the difference of a party's two answers stays random."""
+    parties = Parties(rows=np.repeat(unit_rows(1, 64), 3000, axis=0))
+    first = parties.answers()
+    strategy = parties.strategy
+    again = strategy.ask(parties.rows[:1], SEED)
+    keys = [again.parts[p].keys[:32] for p in range(PARTIES)]
+    keys[kept] = parties.question.parts[kept].keys[:32]
+    explicit = (parties.question if kept == 2 else again).parts[1].words
+    parts = tuple(
+        Part((1, 64), again.parts[p].words if p == 0 else explicit, keys[p] + keys[(p + 1) % 3])
+        for p in range(PARTIES)
+    )
+    parties.question = Question(parts, again.secret)
+    for before, after in zip(first, parties.answers(), strict=True):
+        assert is_uniform((after - before).tobytes())
+
+
+def test_an_asking_site_with_enough_questions_computes_the_gallery_as_the_disclosure_says() -> None:
+    rows, size = unit_rows(5, 12), 12
+    strategy = SecretShared(entropy=entropy())
+    gallery = [strategy.receive(p, part) for p, part in enumerate(strategy.enrol(rows, SEED))]
+    question = strategy.ask(np.eye(size, dtype=np.float32), SEED)
+    answers = [strategy.compare(p, gallery[p], question.parts[p]) for p in range(PARTIES)]
+    assert np.abs(strategy.open(question, answers).T - rows).max() < 1e-6
+    assert "query budget" in strategy.disclosure.asking_site_learns
+
+
+# --- wrong answers -------------------------------------------------------------------------------
+
+
+def refused(parties: Parties, answers: list[np.ndarray]) -> None:
+    with pytest.raises(ServerError, match="one of the three computing parties is wrong"):
+        parties.scores(answers)
+
+
+@pytest.mark.parametrize("party", range(PARTIES))
+@pytest.mark.parametrize("part", [0, 1], ids=["scores", "checks"])
+@pytest.mark.parametrize("bit", [0, 1, 20, 40, 46, 47, 48, 62, 63])
+def test_an_error_in_one_word_of_one_answer_is_found(party: int, part: int, bit: int) -> None:
+    parties = Parties()
+    for row in range(4):
+        answers = parties.answers()
+        answers[party][part, :, row] += np.uint64(1 << bit)
+        refused(parties, answers)
+
+
+@pytest.mark.parametrize("party", range(PARTIES))
+def test_a_party_that_uses_other_rows_is_found(party: int) -> None:
+    parties = Parties()
+    answers = parties.answers()
+    received = parties.strategy.receive(party, parties.gallery[party])
+    wrong = received.words.copy()
+    wrong[1] = wrong[0]
+    answers[party] = parties.strategy.compare(
+        party, Part(received.shape, wrong, received.keys), parties.question.parts[party]
+    )
+    refused(parties, answers)
+
+
+@pytest.mark.parametrize("party", range(PARTIES))
+def test_answers_to_another_question_and_swapped_rows_are_found(party: int) -> None:
+    parties, other = Parties(), Parties(seed=1)
+    answers = parties.answers()
+    answers[party] = other.answers()[party]
+    refused(parties, answers)
+    answers = parties.answers()
+    answers[party] = answers[party][:, :, ::-1].copy()
+    refused(parties, answers)
+
+
+def test_errors_with_a_guessed_ratio_pass_as_rarely_as_stated() -> None:
+    """The worst errors by valuation v, over all factors that matter: at most 2^-30.
+
+    Only ``1 / c`` and ``d`` modulo 2^(64 - v) count, so where few are left they can all be tried.
+    """
+    bound = int((1 + 2 * LENGTH_TOLERANCE) * ONE)
+    worst = 0.0
+    for v in range(46, 64):
+        changes = np.arange(1, 1 << (64 - v), 2).astype(object) << v
+        signed = [c - (1 << 64) if c >> 63 else c for c in changes]
+        for score in (-ONE, -ONE // 2, 0, 1, ONE // 3, ONE):
+            in_range = sum(abs(score + change) <= bound for change in signed)
+            worst = max(worst, in_range / len(signed) / len(signed))  # and e' = d e
+    assert worst == 2**-30
+
+
+def test_the_stated_error_passes_if_both_factors_are_guessed() -> None:
+    """The bound is not for show: who knew c and d could turn a score of 1 into -1."""
+    parties = Parties()
+    cover, check = _factors(parties.question.secret)
+    error = np.uint64(2 * ONE) * cover
+    answers = parties.answers()
+    answers[1][0, :, 0] -= error
+    answers[1][1, :, 0] -= check * error
+    assert parties.scores(answers)[0, 0] == -1
+
+
+def test_a_score_out_of_range_is_found_even_if_the_check_holds() -> None:
+    parties = Parties()
+    cover, check = _factors(parties.question.secret)
+    error = np.uint64(ONE // 2) * cover
+    answers = parties.answers()
+    answers[2][0, :, 0] += error
+    answers[2][1, :, 0] += check * error
+    refused(parties, answers)
+
+
+def test_an_owner_that_deals_unlike_shares_makes_its_rows_unusable() -> None:
+    parties = Parties()
+    other = parties.strategy.enrol(parties.rows, SEED)
+    parties.gallery = (other[0], *parties.gallery[1:])
+    refused(parties, parties.answers())
