@@ -196,7 +196,8 @@ def _column_blocks(
     step = max(1, block_scores // len(queries))
     for left in range(0, len(gallery), step):
         columns = slice(left, min(left + step, len(gallery)))
-        scores = similarities(queries, gallery[columns]).astype(np.float32, copy=False)
+        with np.errstate(invalid="ignore", over="ignore"):  # found below, with a sentence
+            scores = similarities(queries, gallery[columns]).astype(np.float32, copy=False)
         finite = np.isfinite(scores)
         if not finite.all():
             row = int(np.argwhere(~finite)[0, 1])

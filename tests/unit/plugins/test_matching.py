@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from scipy import stats
 
 from fedgestalt.contracts import MatchingStrategy, Part, Question
 from fedgestalt.errors import ConfigError, DataError, ServerError
@@ -191,12 +190,12 @@ def test_the_server_sees_the_sum_of_coordinates_through_flake_and_not_through_an
 @pytest.mark.parametrize("name", MASKS)
 def test_masked_coordinates_say_nothing_of_one_image_alone(name: str) -> None:
     strategy, one = get_registry().matching.get(name), unit_rows(1, 512, 5)
-    views = [strategy.enrol(one, i.to_bytes(32, "big"))[0].words[0] for i in range(60)]
+    views = [strategy.enrol(one, i.to_bytes(32, "big"))[0].words[0] for i in range(20)]
     size = len(views[0])
     if name != "flake":  # whose masked coordinates keep a common sum
-        assert abs(np.mean(views)) < 5 / np.sqrt(60 * size) / np.sqrt(size)
+        assert abs(np.mean(views)) < 5 / np.sqrt(20 * size) / np.sqrt(size)
     seen = [np.corrcoef(view[:512], one[0])[0, 1] for view in views]
-    assert abs(np.mean(seen)) < 5 / np.sqrt(60 * 512)
+    assert abs(np.mean(seen)) < 5 / np.sqrt(20 * 512)
 
 
 def test_masked_by_blocks_the_server_can_compare_each_block_and_otherwise_not() -> None:
@@ -293,7 +292,8 @@ def test_random_words_are_uniform_and_a_function_of_key_and_place() -> None:
     words = random_words(SEED, 300, 500)
     assert np.array_equal(words.ravel()[:1000], random_words(SEED, 1000))
     counts = np.bincount(words.view(np.uint8).ravel(), minlength=256)
-    assert stats.chisquare(counts).pvalue > 1e-6
+    expected = counts.sum() / 256
+    assert ((counts - expected) ** 2).sum() / expected < 255 + 6 * 510**0.5
 
 
 def test_keys_of_different_purposes_differ() -> None:
