@@ -79,7 +79,7 @@ def isometry_by_blocks() -> Isometry:
     """Matching strategy ``isometry-blocks``: cheap, and less private."""
     return Isometry(
         name="isometry-blocks",
-        summary=f"FLAKE kernel, a Haar-random isometry per {BLOCK} dimensions, in float32",
+        summary=f"FLAKE kernel, a Haar-random matrix per {BLOCK} dimensions, in float32",
         disclosure=Disclosure(
             server_learns=(
                 f"{SERVER_LEARNS} Because each block of {BLOCK} dimensions is masked on its own,"

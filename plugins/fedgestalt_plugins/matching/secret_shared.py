@@ -146,14 +146,15 @@ class SecretShared:
         if question.shape[1] != size:
             raise DataError(f"the question has {question.shape[1]} dimensions, the gallery {size}")
         asked = np.concatenate(_shares(party, question, 2 * count), axis=1)
-        answer = np.empty((2 * count, rows), np.uint64)
+        products = np.empty((rows, 2 * count), np.uint64)
 
         def multiply(start: int) -> None:
             part = slice(start, start + _ROWS_AT_A_TIME)
-            np.einsum("gk,qk->qg", gallery.words[part], asked, out=answer[:, part])
+            np.einsum("gk,qk->gq", gallery.words[part], asked, out=products[part])
 
         with ThreadPoolExecutor(self.threads) as pool:
             list(pool.map(multiply, range(0, rows, _ROWS_AT_A_TIME)))
+        answer = products.T.copy()
         keys, bindings = _split(gallery.keys), _bindings(party, question)
         for key, binding, combine in zip(keys, bindings, (np.add, np.subtract), strict=True):
             zero = random_words(derive(key, "answer/1", binding), 2 * count, rows)
