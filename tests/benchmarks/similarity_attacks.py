@@ -255,7 +255,7 @@ def _asking_site(photos: Photographs) -> Iterator[Line]:
         best = best_per_class(asked, hidden[kept], people[kept])
         guesses = trilateration(best.scores.T.astype(np.float64), asked)
         guesses = guesses[np.searchsorted(best.syndromes, people)]
-        what = f"{len(asked)} queries, {images} images per class"
+        what = f"{len(asked)} queries; class of {images}; cosine with all its images"
         yield "asking site, best of each class, no handle", what, photos.recovered(guesses)[0], ""
 
 

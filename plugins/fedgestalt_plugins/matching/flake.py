@@ -38,8 +38,8 @@ class Flake(OneParty):
         server_learns=(
             f"{SERVER_LEARNS} Because the common matrix is uniform, the sum of the coordinates of"
             f" each block of {BLOCK} dimensions survives masking almost unchanged. Because each"
-            f" block is masked on its own, it can compare images block by block, and {BLOCK} known"
-            " images are enough."
+            " block is masked on its own, it can compare images block by block, and at most"
+            f" {BLOCK} known images are enough."
         ),
         sites_learn=SITES_LEARN,
         asking_site_learns=ASKING_SITE_LEARNS,

@@ -26,8 +26,9 @@ from fedgestalt_plugins.matching.one_party import BLOCK, OneParty, blocks_of, ch
 SERVER_LEARNS: Final = (
     "The similarity of every pair of images sent (so duplicates, clusters and the same"
     " patient at two sites show) and opaque handles. No photo, embedding or label. A"
-    " server that also holds one site's seed, or plaintext embeddings of about as many"
-    " known images as an encoding has dimensions, can recover all embeddings."
+    " server that also holds one site's seed can recover all embeddings; one that knows the"
+    " plaintext embeddings of a few hundred images can recover the others nearly, of as many as"
+    " an encoding has dimensions exactly."
 )
 SITES_LEARN: Final = "The kernel seed and the label key that all sites share."
 ASKING_SITE_LEARNS: Final = (
@@ -83,7 +84,8 @@ def isometry_by_blocks() -> Isometry:
         disclosure=Disclosure(
             server_learns=(
                 f"{SERVER_LEARNS} Because each block of {BLOCK} dimensions is masked on its own,"
-                f" it can compare images block by block, and {BLOCK} known images are enough."
+                " it can compare images block by block, and at most"
+                f" {BLOCK} known images are enough."
             ),
             sites_learn=SITES_LEARN,
             asking_site_learns=ASKING_SITE_LEARNS,

@@ -93,8 +93,8 @@ class SecretShared:
         ),
         asking_site_learns=(
             "For its own queries: the score of every image in the gallery, not of the best alone."
-            " With about as many queries as an encoding has dimensions it could compute the"
-            " gallery's encodings, so each site needs a query budget."
+            " With a few hundred queries it could compute the gallery's encodings nearly, with as"
+            " many as an encoding has dimensions exactly, so each site needs a query budget."
         ),
     )
     entropy: Callable[[int], bytes] = field(default=secrets.token_bytes, repr=False)
