@@ -221,16 +221,15 @@ def _server(photos: Photographs) -> Iterator[Line]:
 
 def _computing_parties(photos: Photographs) -> Iterator[Line]:
     """The same attack on shares; and the sum of what two parties hold."""
-    rows, size = photos.encodings, photos.encodings.shape[1]
+    rows = photos.encodings
     strategy, chosen = get_registry().matching.get("secret-shared"), photos.some_known(320)
     held = [strategy.receive(p, part).words for p, part in enumerate(strategy.enrol(rows, SEED))]
     for role, words in zip(strategy.roles, held, strict=True):
-        sent = words[:, :size].view(np.int64) / 2.0**63
+        sent = words.view(np.int64) / 2.0**63
         guesses = procrustes(sent[~photos.known], sent[chosen], rows[chosen])
         what = f"{len(chosen)} known photographs (Procrustes)"
         yield f"{role}, `secret-shared`", what, *photos.recovered(guesses)
-    # (G0 + G1) + (G1 + G2) - G1
-    total = held[0][:, :size] + held[1][:, :size] - held[1][:, size:]
+    total = held[1] - held[2]
     guesses = total.view(np.int64)[~photos.known].astype(np.float64)
     yield "two computing parties, `secret-shared`", "their shares", *photos.recovered(guesses)
 

@@ -2,25 +2,29 @@
 
 The rules:
 
-- Encodings become integers modulo 2^64: queries with 24 fractional bits, gallery rows with 23.
-- An integer x is shared as ``x = x0 + x1 + x2``. Party *i* gets shares *i* and *i + 1* (modulo 3).
-  Shares 0 and 1 are keystreams and travel as keys; share 2 travels in full. So the server, party 0,
-  gets keys alone.
-- For shared queries Q and rows G, party *i* answers
-  ``Qi (Gi + Gi+1)^T + Qi+1 Gi^T + Zi - Zi+1``. The products sum up to ``Q G^T`` (Araki et al. 2016,
-  "High-Throughput Semi-Honest Secure Three-Party Computation"), the Z cancel.
-- ``Zi`` is a keystream of a key that parties *i* and *i - 1* have from the owner of the rows, bound
-  to share *i* of the question. It makes the three answers random but for their sum: the asking
-  site learns scores and nothing else about the rows.
+- Encodings become integers modulo 2^64 with 23 fractional bits.
+- An integer x is shared by a random r: the server, party 0, gets r, the first computing site
+  ``2 x - r``, the second ``x - r``. Each alone is random. A keystream gives r, so the server gets a
+  key and nothing else.
+- Each party multiplies its share of the queries Q, made with R, and of the rows G, made with S. The
+  products add up, with weights 1, 1 and -2, to twice the scores, whatever R and S are:
+  ``R S^T + (2 Q - R)(2 G - S)^T - 2 (Q - R)(G - S)^T = 2 Q G^T``.
+  These are values of a line at three places, as in Shamir's sharing, with places for which no
+  division modulo 2^64 is needed: a party holds one matrix and multiplies once.
+- An answer is the weighted product and ``Zi - Zi+1`` (modulo 3), which cancel in the sum. ``Zi``
+  is a keystream of a key that parties *i* and *i - 1* have from the owner of the rows, bound to digests
+  of all three parts of the question. So the answers are random but for their sum: the asking site
+  learns scores and nothing else about the rows, even if it asks in bad faith.
 - The asking site hides each query q twice, behind secret random odd factors c and d: it asks
-  ``c q`` and ``c d q``, and takes an answer (u, w) only if ``w = d u`` and the score ``u / c`` is
-  within [-1, 1] but for rounding.
+  ``c q`` and ``c d q``, and takes a sum of answers (u, w) only if ``w = d u`` and ``u / c``, twice
+  the score, is even and within [-2, 2] but for rounding.
 - Keys come from the operating system, fresh for each upload and question, and serve one purpose
   each.
 
 What a wrong answer can do. What a party sees is independent of c and d, so all it can do is to add
 errors of its choice, (e, e') to (u, w). With e = 0 and e' != 0 it is always found. Else let 2^v
-divide e and 2^(v + 1) not. The score changes by ``e / c``, each odd multiple of 2^v alike likely;
+divide e and 2^(v + 1) not. The score, which has 47 fractional bits when doubled,
+changes by ``e / c``, each odd multiple of 2^v alike likely;
 the check holds if ``e' = d e``, with probability 2^(v - 63), whatever c is. The score stays in
 range for at most m(v) of the 2^(63 - v) odd multiples: none for v > 48, 1 for v = 48 (a change by
 2, from one end to the other), 2 for v = 47 (a change by 1), 2^(47 - v) + 1 below. Together at most
@@ -56,9 +60,9 @@ from fedgestalt_plugins.matching.keystream import KEY_BYTES, derive, random_word
 from fedgestalt_plugins.matching.one_party import LENGTH_TOLERANCE, SERVER, checked
 
 PARTIES: Final = 3
-QUERY_BITS: Final = 24
-ROW_BITS: Final = 23
-_EXPLICIT: Final = 2  # the share that travels in full
+BITS: Final = 23
+_WEIGHTS: Final = np.array([1, 1, -2], np.int64).view(np.uint64)
+_DIGESTS: Final = PARTIES * 32
 _ROWS_AT_A_TIME: Final = 64
 
 Words = NDArray[np.uint64]
@@ -68,8 +72,8 @@ Words = NDArray[np.uint64]
 class SecretShared:
     """Matching strategy ``secret-shared``; see the module docstring.
 
-    A computing party holds 16 bytes per dimension of each row (98 kB for 6144 dimensions); an owner
-    uploads 8 to each of the two sites. Error of a score: about 4e-8.
+    A computing party holds 8 bytes per dimension of each row (49 kB for 6144 dimensions); an owner
+    uploads as much to each of the two sites. Error of a score: about 5e-8.
 
     Attributes:
         entropy: returns that many secret random bytes; only tests replace it.
@@ -107,29 +111,42 @@ class SecretShared:
             DataError: there is none, or one is not finite or not of length 1.
         """
         rows = checked(encodings)
-        return self._share(_fixed_point(rows, ROW_BITS), rows.shape)
+        line, *zeros = (self.entropy(KEY_BYTES) for _ in range(1 + PARTIES))
+        shares = _shares(_fixed_point(rows), line)
+        return tuple(
+            Part(
+                _shape(rows),
+                shares[party],
+                zeros[party] + zeros[(party + 1) % PARTIES] + (b"" if party else line),
+            )
+            for party in range(PARTIES)
+        )
 
     def ask(self, queries: NDArray[np.floating], seed: bytes) -> Question:  # noqa: ARG002
         """Share (q, f) queries, each hidden twice; see :meth:`enrol`."""
         rows = checked(queries)
         secret = self.entropy(16 * len(rows))
         cover, check = _factors(secret)
-        hidden = cover[:, None] * _fixed_point(rows, QUERY_BITS)
+        hidden = cover[:, None] * _fixed_point(rows)
         both = np.concatenate([hidden, check[:, None] * hidden])
-        return Question(self._share(both, rows.shape), secret)
+        keys = [self.entropy(KEY_BYTES) for _ in range(PARTIES)]
+        shares = _shares(both, keys[0])
+        digests = b"".join(map(_digest, keys, shares))
+        parts = [
+            Part(_shape(rows), *p) for p in zip(shares, (k + digests for k in keys), strict=True)
+        ]
+        return Question(tuple(parts), secret)
 
     def receive(self, party: int, part: Part) -> Part:
-        """Make the party's matrix (n, 2 f), shares ``Gi + Gi+1`` beside ``Gi``, for many questions.
+        """Make the party's matrix (n, f), for many questions.
 
         Raises:
             DataError: the part does not fit this party.
         """
-        own, other = _shares(party, part, part.shape[0])
-        size = part.shape[1]
-        matrix = np.empty((len(own), 2 * size), np.uint64)
-        np.add(own, other, out=matrix[:, :size])
-        matrix[:, size:] = own
-        return Part(part.shape, matrix, part.keys)
+        _check(party, part, part.shape[0], (2 if party else 3) * KEY_BYTES)
+        zeros, seed = part.keys[: 2 * KEY_BYTES], part.keys[2 * KEY_BYTES :]
+        words = part.words if party else _stream(seed, part.shape)
+        return Part(part.shape, words, zeros)
 
     def compare(self, party: int, gallery: Part, question: Part) -> Words:
         """This party's answer (2, q, n), random but for the sum over the parties.
@@ -145,7 +162,11 @@ class SecretShared:
         count, (rows, size) = question.shape[0], gallery.shape
         if question.shape[1] != size:
             raise DataError(f"the question has {question.shape[1]} dimensions, the gallery {size}")
-        asked = np.concatenate(_shares(party, question, 2 * count), axis=1)
+        _check(party, question, 2 * count, KEY_BYTES + _DIGESTS)
+        key, digests = question.keys[:KEY_BYTES], question.keys[KEY_BYTES:]
+        if digests[32 * party : 32 * party + 32] != _digest(key, question.words):
+            raise DataError("a part of a question does not go with its digest")
+        asked = question.words if party else _stream(key, (2 * count, size))
         products = np.empty((rows, 2 * count), np.uint64)
 
         def multiply(start: int) -> None:
@@ -154,12 +175,11 @@ class SecretShared:
 
         with ThreadPoolExecutor(self.threads) as pool:
             list(pool.map(multiply, range(0, rows, _ROWS_AT_A_TIME)))
-        answer = products.T.copy()
-        keys, bindings = _split(gallery.keys), _bindings(party, question)
-        for key, binding, combine in zip(keys, bindings, (np.add, np.subtract), strict=True):
-            zero = random_words(derive(key, "answer/1", binding), 2 * count, rows)
-            combine(answer, zero, out=answer)
-        return answer.reshape(2, count, rows)
+        answer = products.T * _WEIGHTS[party]
+        for own, combine in enumerate((np.add, np.subtract)):
+            zero_key = derive(gallery.keys[KEY_BYTES * own :][:KEY_BYTES], "answer/1", digests)
+            combine(answer, random_words(zero_key, 2 * count, rows), out=answer)
+        return np.ascontiguousarray(answer).reshape(2, count, rows)
 
     def open(self, question: Question, answers: Sequence[NDArray[Any]]) -> NDArray[np.float64]:
         """Cosine similarities (q, n).
@@ -175,10 +195,10 @@ class SecretShared:
         first, second = answers[0] + answers[1] + answers[2]
         cover, check = _factors(question.secret)
         inverse = np.array([pow(int(c), -1, 1 << 64) for c in cover], np.uint64)
-        scores: NDArray[np.float64] = (inverse[:, None] * first).view(np.int64) * 2.0 ** -(
-            QUERY_BITS + ROW_BITS
-        )
-        fits = (second == check[:, None] * first) & (np.abs(scores) <= 1 + 2 * LENGTH_TOLERANCE)
+        twice = (inverse[:, None] * first).view(np.int64)
+        scores: NDArray[np.float64] = twice * 2.0 ** -(2 * BITS + 1)
+        fits = (second == check[:, None] * first) & (twice % 2 == 0)
+        fits &= np.abs(scores) <= 1 + 2 * LENGTH_TOLERANCE
         if not fits.all():
             raise ServerError(
                 "the answer of one of the three computing parties is wrong, or the owner of a row"
@@ -188,24 +208,13 @@ class SecretShared:
             )
         return scores
 
-    def _share(self, values: Words, shape: tuple[int, ...]) -> tuple[Part, ...]:
-        keys = [self.entropy(KEY_BYTES) for _ in range(PARTIES)]
-        explicit = values.copy()
-        for key in keys[:_EXPLICIT]:
-            explicit -= _stream(key, values.shape)
-        nothing = np.empty((0, values.shape[1]), np.uint64)
-        return tuple(
-            Part(
-                (shape[0], shape[1]),
-                nothing if party == 0 else explicit,
-                keys[party] + keys[(party + 1) % PARTIES],
-            )
-            for party in range(PARTIES)
-        )
+
+def _shape(rows: NDArray[np.floating]) -> tuple[int, int]:
+    return rows.shape[0], rows.shape[1]
 
 
-def _fixed_point(rows: NDArray[np.floating], bits: int) -> Words:
-    return np.rint(rows.astype(np.float64) * 2.0**bits).astype(np.int64).view(np.uint64)
+def _fixed_point(rows: NDArray[np.floating]) -> Words:
+    return np.rint(rows.astype(np.float64) * 2.0**BITS).astype(np.int64).view(np.uint64)
 
 
 def _factors(secret: bytes) -> Words:
@@ -217,43 +226,27 @@ def _stream(key: bytes, shape: tuple[int, ...]) -> Words:
     return random_words(derive(key, "share/1"), *shape)
 
 
-def _split(keys: bytes) -> tuple[bytes, bytes]:
-    return keys[:KEY_BYTES], keys[KEY_BYTES:]
+def _shares(values: Words, seed: bytes) -> tuple[Words, Words, Words]:
+    """What travels to each party; to the server nothing, which makes its share of ``seed``."""
+    second = values - _stream(seed, values.shape)
+    return np.empty((0, values.shape[1]), np.uint64), values + second, second
 
 
-def _shares(party: int, part: Part, rows: int) -> tuple[Words, Words]:
-    """A party's two shares, each (rows, f): its own and the next party's.
+def _digest(key: bytes, words: Words) -> bytes:
+    """Of one party's part of a question, 32 bytes; the key hides what the words are."""
+    told = hashlib.sha256(key)
+    told.update(np.ascontiguousarray(words).data)
+    return told.digest()
 
-    Raises:
-        DataError: the part does not fit this party.
-    """
+
+def _check(party: int, part: Part, rows: int, key_bytes: int) -> None:
+    """Raise DataError if a part does not fit this party."""
     explicit, size = part.words, part.shape[1]
-    needed = 0 if party == 0 else rows
     if (
         not 0 <= party < PARTIES
-        or len(part.keys) != 2 * KEY_BYTES
+        or len(part.keys) != key_bytes
         or explicit.dtype != np.uint64
-        or explicit.shape != (needed, size)
+        or explicit.shape != (rows if party else 0, size)
         or not rows * size
     ):
         raise DataError(f"a share is not what computing party {party} gets of {rows} rows")
-    first, second = (
-        explicit if (party + step) % PARTIES == _EXPLICIT else _stream(key, (rows, size))
-        for step, key in enumerate(_split(part.keys))
-    )
-    return first, second
-
-
-def _bindings(party: int, question: Part) -> list[bytes]:
-    """What binds the zeros of an answer to the two shares of the question, 32 bytes each.
-
-    Whoever asks cannot make two answers with the same zeros and different shares: bound to what
-    both parties that use a zero have, they need not agree on a number.
-    """
-    digests = []
-    for step, key in enumerate(_split(question.keys)):
-        told = hashlib.sha256(key + np.array(question.shape, "<u8").tobytes())
-        if (party + step) % PARTIES == _EXPLICIT:
-            told.update(np.ascontiguousarray(question.words).data)
-        digests.append(told.digest())
-    return digests
