@@ -63,7 +63,7 @@ class Isometry(OneParty):
             DataError: there is none, or one is not finite or not of length 1.
         """
         precision = np.dtype(np.float32 if self.single_precision else np.float64)
-        rows: NDArray[np.floating] = checked(encodings).astype(precision)
+        rows: NDArray[np.floating] = checked(encodings).astype(precision, copy=False)
         size = rows.shape[1]
         if not self.block:
             rotated: NDArray[np.floating] = rows @ haar_isometry(size, seed).astype(precision)
@@ -72,7 +72,7 @@ class Isometry(OneParty):
         for number, part in enumerate(blocks_of(size, self.block)):
             own = derive(seed, "isometry block/1", number.to_bytes(4, "big"))
             isometry = haar_isometry(part.stop - part.start, own).astype(precision)
-            masked[:, part] = rows[:, part] @ isometry
+            np.matmul(rows[:, part], isometry, out=masked[:, part])
         return masked
 
 

@@ -12,9 +12,9 @@ The rules:
   These are values of a line at three places, as in Shamir's sharing, with places for which no
   division modulo 2^64 is needed: a party holds one matrix and multiplies once.
 - An answer is the weighted product and ``Zi - Zi+1`` (modulo 3), which cancel in the sum. ``Zi``
-  is a keystream of a key that parties *i* and *i - 1* have from the owner of the rows, bound to digests
-  of all three parts of the question. So the answers are random but for their sum: the asking site
-  learns scores and nothing else about the rows, even if it asks in bad faith.
+  is a keystream of a key that parties *i* and *i - 1* have from the owner of the rows, bound to
+  digests of all three parts of the question. So the answers are random but for their sum: the
+  asking site learns scores and nothing else about the rows, even if it asks in bad faith.
 - The asking site hides each query q twice, behind secret random odd factors c and d: it asks
   ``c q`` and ``c d q``, and takes a sum of answers (u, w) only if ``w = d u`` and ``u / c``, twice
   the score, is even and within [-2, 2] but for rounding.
@@ -23,11 +23,11 @@ The rules:
 
 What a wrong answer can do. What a party sees is independent of c and d, so all it can do is to add
 errors of its choice, (e, e') to (u, w). With e = 0 and e' != 0 it is always found. Else let 2^v
-divide e and 2^(v + 1) not. The score, which has 47 fractional bits when doubled,
-changes by ``e / c``, each odd multiple of 2^v alike likely;
-the check holds if ``e' = d e``, with probability 2^(v - 63), whatever c is. The score stays in
-range for at most m(v) of the 2^(63 - v) odd multiples: none for v > 48, 1 for v = 48 (a change by
-2, from one end to the other), 2 for v = 47 (a change by 1), 2^(47 - v) + 1 below. Together at most
+divide e and 2^(v + 1) not. In units of 2^-47 the score changes by ``e / c`` (u is twice a product
+of numbers with 23 fractional bits), each odd multiple of 2^v alike likely; the check holds if
+``e' = d e``, with probability 2^(v - 63), whatever c is. The score stays in range for at most m(v)
+of the 2^(63 - v) odd multiples: none for v > 48, 1 for v = 48 (a change by 2, from one end to the
+other), 2 for v = 47 (a change by 1), 2^(47 - v) + 1 and a few per mille below. Together at most
 ``m(v) 2^(2v - 126)``, largest for v = 48: **a wrong score is accepted with a probability of at most
 2^-30**, and of 2^-31 unless it goes from -1 to 1 or back. Several wrong scores are no likelier than
 one. Who was wrong cannot be told.
@@ -63,7 +63,7 @@ PARTIES: Final = 3
 BITS: Final = 23
 _WEIGHTS: Final = np.array([1, 1, -2], np.int64).view(np.uint64)
 _DIGESTS: Final = PARTIES * 32
-_ROWS_AT_A_TIME: Final = 64
+_ROWS_AT_A_TIME: Final = 256
 
 Words = NDArray[np.uint64]
 
