@@ -8,8 +8,8 @@ checked in one place.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -153,21 +153,91 @@ class Disclosure:
     asking_site_learns: str
 
 
+@dataclass(frozen=True, eq=False)
+class Part:
+    """What one computing party gets of some encodings.
+
+    Attributes:
+        shape: (rows, dimensions) of the encodings; no secret.
+        words: what was made of them. With one computing party: its rows in the encodings' order,
+            so that galleries can be concatenated and cut into blocks.
+        keys: secret keys of 32 bytes, one after another; not shown.
+    """
+
+    shape: tuple[int, int]
+    words: NDArray[Any] = field(repr=False)
+    keys: bytes = field(default=b"", repr=False)
+
+
+@dataclass(frozen=True, eq=False)
+class Question:
+    """Queries, ready to be compared; made and kept by the asking site.
+
+    Attributes:
+        parts: one per computing party.
+        secret: what :meth:`MatchingStrategy.open` needs; never leaves the asking site.
+    """
+
+    parts: tuple[Part, ...] = field(repr=False)
+    secret: bytes = field(default=b"", repr=False)
+
+
 @runtime_checkable
 class MatchingStrategy(Described, Protocol):
-    """Masks encodings at a site so that a server without the seed can compare them."""
+    """Compares encodings of different sites such that no computing party sees one.
+
+    A workflow drives every strategy alike, without knowing its name:
+
+    - An owner of encodings calls :meth:`enrol`, an asking site :meth:`ask`. Part *i* goes to
+      computing party *i*: party 0 is the server, the others are sites that the job designates.
+      A part for a site travels sealed for that site, so that the server cannot open it.
+    - A computing party calls :meth:`receive` once per upload and :meth:`compare` once per question
+      and upload.
+    - With one computing party its answer is the scores: the server can release the best alone.
+      With several, each answer is a share and travels sealed for the asking site.
+    - The asking site calls :meth:`open` with the answers of all parties, in their order.
+    """
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """The computing parties in words, the server first; parties are counted from 0."""
 
     @property
     def disclosure(self) -> Disclosure:
         """What each party learns."""
 
-    def mask(self, encodings: NDArray[np.float32], seed: bytes) -> NDArray[np.floating]:
-        """Mask (n, f) encodings with the sites' common 32-byte ``seed``; returns (n, k)."""
+    def enrol(self, encodings: NDArray[np.floating], seed: bytes) -> tuple[Part, ...]:
+        """Prepare (n, f) encodings for the gallery; one part per computing party.
 
-    def similarities(
-        self, queries: NDArray[np.floating], gallery: NDArray[np.floating]
-    ) -> NDArray[np.floating]:
-        """Cosine similarities (q, g) of masked rows; runs at the server, without the seed."""
+        ``seed`` is the sites' common secret of 32 bytes.
+
+        Raises:
+            DataError: there is none, or one is not finite or not of length 1.
+        """
+
+    def ask(self, queries: NDArray[np.floating], seed: bytes) -> Question:
+        """Prepare (q, f) queries; like :meth:`enrol`."""
+
+    def receive(self, party: int, part: Part) -> Part:
+        """Check, and bring into the form that :meth:`compare` wants, a part of the gallery.
+
+        Raises:
+            DataError: it does not fit this party.
+        """
+
+    def compare(self, party: int, gallery: Part, question: Part) -> NDArray[Any]:
+        """This party's answer for all pairs of queries and rows, last axis (g,).
+
+        Raises:
+            DataError: the question does not fit this party or the gallery.
+        """
+
+    def open(self, question: Question, answers: Sequence[NDArray[Any]]) -> NDArray[np.floating]:
+        """Cosine similarities (q, g), from the answers of all parties.
+
+        Raises:
+            ServerError: an answer is missing, has another shape, or is found to be wrong.
+        """
 
 
 # --- ranking -------------------------------------------------------------------------------------

@@ -16,10 +16,16 @@ from rich.table import Table
 from fedgestalt import RESEARCH_USE_ONLY, __version__
 from fedgestalt.cohort import Cohort, read_cohort, read_encodings
 from fedgestalt.console import Steps
+from fedgestalt.contracts import MatchingStrategy
 from fedgestalt.errors import DataError
 from fedgestalt.hooks import get_registry
 from fedgestalt.similarity.evaluation import TOP_K, Outcome, evaluate_tables, rank_tables
-from fedgestalt.similarity.gram import dense_gram
+from fedgestalt.similarity.gram import (
+    Similarities,
+    dense_gram,
+    inner_products,
+    similarities_of,
+)
 from fedgestalt.similarity.nearness import (
     NEIGHBOURS,
     Separation,
@@ -60,6 +66,25 @@ class Request:
     seed: int = 1
 
 
+def _through(
+    strategy: MatchingStrategy, vectors: NDArray[np.float32], seed: bytes
+) -> tuple[NDArray[np.floating], Similarities]:
+    """Rows, and how a strategy compares them, with all its computing parties in this process."""
+    if len(strategy.roles) == 1:
+        (part,) = strategy.enrol(vectors, seed)
+        return part.words, similarities_of(strategy)
+
+    def compare(queries: Floats, gallery: Floats) -> Floats:
+        parts, question = strategy.enrol(gallery, seed), strategy.ask(queries, seed)
+        answers = [
+            strategy.compare(party, strategy.receive(party, part), question.parts[party])
+            for party, part in enumerate(parts)
+        ]
+        return strategy.open(question, answers)
+
+    return vectors, compare
+
+
 def evaluate_encodings(request: Request, steps: Steps) -> dict[str, Any]:
     """Rank the test images of a cohort and sum up; returns what ``--json`` prints.
 
@@ -83,9 +108,9 @@ def evaluate_encodings(request: Request, steps: Steps) -> dict[str, Any]:
     subjects = np.array([record.subject for record in cohort.records(order.image_ids)])
     with steps.step("compare", f"Comparing {order.queries} with {len(vectors)} images"):
         masked: NDArray[np.floating] = vectors.astype(np.float64)
-        compare = _inner_products
+        compare: Similarities = inner_products
         if strategy:
-            masked, compare = strategy.mask(vectors, secrets.token_bytes(32)), strategy.similarities
+            masked, compare = _through(strategy, vectors, secrets.token_bytes(32))
         faces = dense_gram(masked[: order.queries], masked, compare)
         nearness = _nearness(cohort, order, subjects, faces, masked, compare)
     queries = slice(0, order.queries)
@@ -134,11 +159,6 @@ def evaluate_encodings(request: Request, steps: Steps) -> dict[str, Any]:
         "nearness": nearness,
         "not_affected": NOT_AFFECTED,
     }
-
-
-def _inner_products(queries: Floats, gallery: Floats) -> Floats:
-    product: Floats = queries @ gallery.T
-    return product
 
 
 def _with_terms(

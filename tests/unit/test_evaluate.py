@@ -134,8 +134,9 @@ def test_json_says_what_was_measured_and_how(file: Path, cohort: Cohort) -> None
 @pytest.mark.parametrize("ranking", get_registry().rankings.names())
 @pytest.mark.parametrize("strategy", get_registry().matching.names())
 def test_masked_and_plaintext_numbers_are_the_same(
-    file: Path, cohort: Cohort, strategy: str, ranking: str
+    file: Path, cohort: Cohort, strategy: str, ranking: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("FEDGESTALT_TEST_WITHOUT_PROTECTION", "1")
     plain = document(file, cohort, "--ranking", ranking)
     masked = document(file, cohort, "--ranking", ranking, "--strategy", strategy)
     assert masked.pop("strategy") == strategy

@@ -61,6 +61,7 @@ from fedgestalt.learning.ensemble import Ensemble
 from fedgestalt.learning.images import load_faces
 from fedgestalt.learning.store import ensemble_from_words, ensemble_to_words, load_ensemble
 from fedgestalt.messages import from_server
+from fedgestalt.similarity.gram import check_one_party
 from fedgestalt.similarity.kernel import (
     Kernel,
     KernelExchange,
@@ -138,6 +139,7 @@ class FlakeMatcher(SiteExecutor):
         registry = get_registry()
         strategy = registry.matching.entry(start.strategy)
         self._strategy: MatchingStrategy = strategy.plugin
+        check_one_party(self._strategy)
         self._start = start
         facts = {**versions([strategy]), "label map": self.cohort.label_map_digest}
         if start.purpose != ONBOARD or self._has_ensemble:
@@ -308,13 +310,15 @@ class FlakeMatcher(SiteExecutor):
         asking = [n for n in order if n < self._order.queries] if message.ask else []
         self._asked = np.array(asking, np.int64)
         self._queries = _stack([own[self._order.image_ids[number]] for number in asking])
-        masked = self._strategy.mask(
-            self._encodings[[self._own[handle] for handle in new]], kernel.masking_seed
-        )
+        masked = np.empty((0, 0), np.float32)
+        if new:
+            rows = self._encodings[[self._own[handle] for handle in new]]
+            (part,) = self._strategy.enrol(rows, kernel.masking_seed)
+            masked = part.words.astype(np.float32)
         return Enrolment(
             kernel.id,
             _stack(removed),
-            np.asarray(masked, np.float32),
+            masked,
             _stack(new),
             np.frombuffer(b"".join(labels), np.uint8).reshape(-1, SEALED_BYTES),
             self._queries,

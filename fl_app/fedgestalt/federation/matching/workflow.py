@@ -48,10 +48,11 @@ from fedgestalt.federation.site.settings import ALL_ROWS
 from fedgestalt.federation.tasks import CONSIDER, ENROL, HOLDINGS, RANK, START
 from fedgestalt.hooks import get_registry
 from fedgestalt.messages import Message, from_site
-from fedgestalt.similarity.gram import dense_gram
+from fedgestalt.similarity.gram import TopRows, dense_gram, similarities_of, top_rows
 from fedgestalt.similarity.labels import HANDLE_BYTES
 
 GRAM_FILE = "gram.npz"
+_NOTHING = TopRows(np.empty((0, 0), np.int64), np.empty((0, 0), np.float32))
 
 
 class FlakeSimilarityWorkflow(PhasedWorkflow):
@@ -154,7 +155,7 @@ class FlakeSimilarityWorkflow(PhasedWorkflow):
                     self._galleries.drop(other)
         strategy = get_registry().matching.get(self._strategy)
         if self._keep_gram:
-            gram = dense_gram(rows.rows, rows.rows, strategy.similarities)
+            gram = dense_gram(rows.rows, rows.rows, similarities_of(strategy))
             np.savez(self.folder / GRAM_FILE, gram=gram, handles=rows.handles)
         said = strategy.disclosure
         return {
@@ -328,14 +329,22 @@ class FlakeSimilarityWorkflow(PhasedWorkflow):
         withdrawn: Handles,
         consents: Mapping[str, bytes],
     ) -> None:
-        strategy = get_registry().matching.get(self._strategy)
+        similarities = similarities_of(get_registry().matching.get(self._strategy))
         certificates = {site: self._members[site].certificate for site in consents}
+        count = len(rows) if self._released_rows == ALL_ROWS else self._released_rows
         released = {}
         for site in sorted(self._here):
             asked = rows.rows[rows.at(queries[site].queries)]
-            scores = dense_gram(asked, rows.rows, strategy.similarities)
-            released[site] = release(
-                scores, rows, self._released_rows, withdrawn, consents, certificates
+            best = top_rows(asked, rows.rows, count, similarities) if len(asked) else _NOTHING
+            named, numbers = np.unique(best.rows, return_inverse=True)
+            released[site] = ReleasedRows(
+                rows.handles[named],
+                rows.labels[named],
+                numbers.reshape(best.rows.shape).astype(np.int32),
+                best.scores,
+                withdrawn,
+                dict(consents),
+                certificates,
             )
 
         def on_reply(site: str, fields: object) -> None:
@@ -343,27 +352,3 @@ class FlakeSimilarityWorkflow(PhasedWorkflow):
                 raise PeerError("it ranked under another kernel", site=site)
 
         self._ask(RANK, released, on_reply, set(self._here))
-
-
-def release(
-    scores: np.ndarray[Any, np.dtype[np.floating]],
-    rows: Rows,
-    count: int,
-    withdrawn: Handles,
-    consents: Mapping[str, bytes],
-    certificates: Mapping[str, bytes],
-) -> ReleasedRows:
-    """The ``count`` best rows of each query, and the handles and labels of those rows only."""
-    count = scores.shape[1] if count == ALL_ROWS else min(count, scores.shape[1])
-    columns = np.argsort(-scores, axis=1, kind="stable")[:, :count]
-    named, numbers = np.unique(columns, return_inverse=True)
-    best = np.take_along_axis(scores, columns, 1).astype(np.float32)
-    return ReleasedRows(
-        rows.handles[named],
-        rows.labels[named],
-        numbers.reshape(columns.shape).astype(np.int32),
-        best,
-        withdrawn,
-        dict(consents),
-        dict(certificates),
-    )
