@@ -141,6 +141,8 @@ def test_masked_and_plaintext_numbers_are_the_same(
     masked = document(file, cohort, "--ranking", ranking, "--strategy", strategy)
     assert masked.pop("strategy") == strategy
     assert plain.pop("strategy") is None
+    near, as_near = (found["nearness"].pop("threshold_distance") for found in (masked, plain))
+    assert near == pytest.approx(as_near, abs=1e-6)
     assert masked == plain
 
 
