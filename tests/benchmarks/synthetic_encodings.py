@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,10 +30,6 @@ from fedgestalt.learning.training import LocalTrainer
 from fedgestalt_plugins.cohorts.synthetic import Parameters, SyntheticCohort
 
 ROUNDS = TrainingJob().rounds
-CONTROLS = tuple(
-    Parameters(seed=s, severity=0.0, severity_spread=0.0, frequent_subjects=5, rare_subjects=2)
-    for s in range(12, 20)
-)
 
 
 @dataclass(frozen=True)
@@ -49,9 +46,18 @@ class Encoded:
         return sorted(self.cohort.images)
 
 
-def encode_synthetic(seed: int = 1) -> tuple[Encoded, list[Encoded]]:
-    """The cohort ``synthetic`` and cohorts of controls; minutes, then kept in the cache."""
-    cohorts = [_open(SyntheticCohort()), *(_open(SyntheticCohort(p)) for p in CONTROLS)]
+def encode_synthetic(
+    parameters: Parameters = Parameters(),  # noqa: B008  frozen
+    control_seeds: Iterable[int] = range(12, 20),
+    seed: int = 1,
+) -> tuple[Encoded, list[Encoded]]:
+    """A synthetic cohort and eight cohorts of controls; minutes, then kept in the cache.
+
+    ``parameters`` are those of the cohort ``synthetic`` by default; ``seed`` is the ensemble's.
+    """
+    healthy = {"severity": 0.0, "severity_spread": 0.0, "frequent_subjects": 5, "rare_subjects": 2}
+    wanted = [parameters, *(Parameters(seed=s, **healthy) for s in control_seeds)]  # type: ignore[arg-type]
+    cohorts = [_open(SyntheticCohort(each)) for each in wanted]
     versions = hashlib.sha256("|".join(c.version for c in cohorts).encode()).hexdigest()
     kept = default_cache() / f"benchmark-encodings-{versions[:8]}-{seed}.npz"
     if not kept.exists():
