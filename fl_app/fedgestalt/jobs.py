@@ -156,6 +156,7 @@ class MatchingJob(JobSpec):
         default="", pattern=r"^([0-9a-f]{64})?$", description="digest of a published ensemble"
     )
     strategy: str = Field(default="isometry", description="name of a matching strategy plugin")
+    ranking: str = Field(default="nearest-image", description="name of a ranking strategy plugin")
     kernel: Literal["session", "standing"] = Field(
         default="session",
         description="session: kernel and gallery end with the job; standing: both stay, so that"

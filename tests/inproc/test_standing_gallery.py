@@ -433,3 +433,26 @@ def test_a_server_that_starts_again_has_the_gallery_and_a_damaged_file_is_a_sent
     assert run.outcome["status"] == "completed", run.outcome
     assert sorted(life.added(run).values())[:2] == [0, 0]
     assert sum(life.added(run).values()) > 0
+
+
+# --- how syndromes are ranked --------------------------------------------------------------------
+
+
+def test_a_patient_with_several_photographs_is_one_query_where_the_ranking_pools_them(
+    life: Life,
+) -> None:
+    life.run(MatchingJob)
+    life.run(MatchingJob, ranking="patient")
+    by_image, by_patient = life.matches("bonn", 1), life.matches("bonn", 2)
+    assert (by_image["ranking"], by_patient["ranking"]) == ("nearest-image", "patient")
+    cohort = life.consortium.silos["bonn"]
+    for one, other in zip(by_image["tables"], by_patient["tables"], strict=True):
+        images = [by_image["queries"][row]["image"] for row in one["rows"]]
+        subjects = {cohort.images[image].subject for image in images}
+        assert len(other["rows"]) == len(subjects) < len(images)
+
+
+def test_a_ranking_that_nobody_has_is_refused(life: Life) -> None:
+    run = life.run(MatchingJob, ranking="nearest-imag")
+    assert run.outcome["status"] == "failed"
+    assert "did you mean 'nearest-image'" in run.outcome["reason"]

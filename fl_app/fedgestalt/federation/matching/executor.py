@@ -11,7 +11,7 @@ from typing import ClassVar, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from fedgestalt.contracts import MatchingStrategy
+from fedgestalt.contracts import MatchingStrategy, RankingStrategy
 from fedgestalt.errors import ConfigError, ServerError, SiteError
 from fedgestalt.federation import tasks
 from fedgestalt.federation.job.executor import Handler, SiteExecutor
@@ -140,6 +140,7 @@ class FlakeMatcher(SiteExecutor):
         strategy = registry.matching.entry(start.strategy)
         self._strategy: MatchingStrategy = strategy.plugin
         check_one_party(self._strategy)
+        self._ranked_by: RankingStrategy = registry.rankings.get(start.ranking)
         self._start = start
         facts = {**versions([strategy]), "label map": self.cohort.label_map_digest}
         if start.purpose != ONBOARD or self._has_ensemble:
@@ -403,13 +404,15 @@ class FlakeMatcher(SiteExecutor):
                 kernel.id,
                 self.site,
                 Queries(
-                    [self._order.image_ids[number] for number in self._asked],
+                    images := [self._order.image_ids[number] for number in self._asked],
+                    [record.subject for record in self.cohort.records(images)],
                     self._order.syndromes[self._asked],
                     self._order.roles[self._asked],
                 ),
                 {handle: image for handle, (image, _) in self._enrolled.images.items()},
                 released,
                 open_labels(released, kernel),
+                self._ranked_by,
             )
         if start.standing:
             self._kernels.retire_older_than(kernel)

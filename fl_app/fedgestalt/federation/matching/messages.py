@@ -56,6 +56,7 @@ class MatchStart(Message):
         roster: all sites.
         ensemble: digest of the model that encodes.
         strategy: name of the matching strategy.
+        ranking: name of the ranking strategy.
         released_rows: best rows per query; 0 asks for an evaluation release, every row for every
             query.
         standing: whether kernel and gallery outlive the job (1) or not (0).
@@ -66,6 +67,7 @@ class MatchStart(Message):
     roster: tuple[str, ...] = several(text(), MAXIMUM_SITES)
     ensemble: str = hexadecimal()
     strategy: str = word(64)
+    ranking: str = word(64)
     released_rows: int = integer(0, _ROW_LIMIT)
     standing: int = integer(0, 1)
 

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedgestalt import RESEARCH_USE_ONLY
+from fedgestalt.contracts import RankingStrategy
 from fedgestalt.federation.matching.holdings import write_privately
 from fedgestalt.federation.matching.messages import Handles, ReleasedRows
 from fedgestalt.similarity.evaluation import (
@@ -37,10 +38,12 @@ class Queries:
 
     Attributes:
         images: ids.
+        subjects: whose they are.
         syndromes, roles: (n,), as far as known.
     """
 
     images: Sequence[str]
+    subjects: Sequence[str]
     syndromes: NDArray[np.int64]
     roles: NDArray[np.uint32]
 
@@ -54,6 +57,7 @@ def write_matches(
     own: Mapping[str, str],
     released: ReleasedRows,
     labels: Mapping[int, Label],
+    ranking: RankingStrategy,
 ) -> None:
     """Rank the site's queries and store the result at the site.
 
@@ -64,17 +68,32 @@ def write_matches(
         own: image id by handle, of the site's own rows.
         released: what came back.
         labels: of the released rows, by number.
+        ranking: how syndromes score.
     """
     dense, syndromes, roles = dense_scores(released, labels)
-    tables = rank_tables(dense, queries.syndromes, queries.roles, syndromes, roles)
+    cases = np.array([labels[row].case.hex() for row in range(len(syndromes))])
+    tables = rank_tables(
+        dense,
+        queries.syndromes,
+        queries.roles,
+        syndromes,
+        roles,
+        ranking=ranking,
+        query_subjects=np.array(queries.subjects),
+        gallery_subjects=cases,
+    )
     content: dict[str, Any] = {
         "schema": MATCHES_SCHEMA,
         "notice": RESEARCH_USE_ONLY,
         "site": site,
         "job": job,
         "kernel": kernel,
+        "ranking": ranking.name,
         "queries": [
-            {"image": image, **_ranked(dense[row], syndromes, roles, released.handles, labels)}
+            {
+                "image": image,
+                **_ranked(dense[row], syndromes, roles, cases, released.handles, labels, ranking),
+            }
             if queries.roles[row] & (FREQUENT_TEST | rare_test(0))
             else {"image": image, "ranked": [], "neighbours": []}
             for row, image in enumerate(queries.images)
@@ -112,15 +131,18 @@ def _ranked(
     scores: NDArray[np.float32],
     syndromes: NDArray[np.int64],
     roles: NDArray[np.uint32],
+    cases: NDArray[np.str_],
     handles: Handles,
     labels: Mapping[int, Label],
+    ranking: RankingStrategy,
 ) -> dict[str, Any]:
     """Ranked syndromes and nearest gallery images of one query, in the first rare split."""
     known = np.isfinite(scores) & ((roles & (FREQUENT_GALLERY | rare_gallery(0))) > 0)
     gallery = np.flatnonzero(known)
     if not len(gallery):
         return {"ranked": [], "neighbours": []}
-    ranked = score_syndromes(scores[None, gallery], syndromes[gallery]).top(0, _RANKED)
+    scored = score_syndromes(scores[None, gallery], syndromes[gallery], ranking, cases[gallery])
+    ranked = scored.top(0, _RANKED)
     nearest = gallery[np.argsort(-scores[gallery], kind="stable")[:_NEIGHBOURS]]
     return {
         "ranked": [[syndrome, round(score, 6)] for syndrome, score in ranked],

@@ -61,6 +61,7 @@ class FlakeSimilarityWorkflow(PhasedWorkflow):
     Args:
         ensemble: digest of the published ensemble that every site encodes with.
         strategy: name of a matching strategy.
+        ranking: name of a ranking strategy.
         purpose: ``match``, ``onboard`` or ``gallery``.
         kernel: ``session`` for one that ends with the job, ``standing`` for one that stays.
         rotate: agree on a new version of the standing kernel.
@@ -81,6 +82,7 @@ class FlakeSimilarityWorkflow(PhasedWorkflow):
         self,
         ensemble: str,
         strategy: str = "isometry",
+        ranking: str = "nearest-image",
         purpose: str = MATCH,
         kernel: str = "session",
         rotate: bool = False,
@@ -96,6 +98,7 @@ class FlakeSimilarityWorkflow(PhasedWorkflow):
         super().__init__(sites, phase_limit_seconds, start_limit_seconds, silence_limit_seconds)
         self._ensemble, self._strategy, self._purpose = ensemble, strategy, purpose
         self._standing, self._rotate, self._sponsor = kernel == "standing", rotate, sponsor
+        self._ranking = ranking
         self._released_rows, self._keep_gram = released_rows, keep_gram
         self._minimum = minimum_sites
         self._members: dict[str, Member] = {}
@@ -166,6 +169,7 @@ class FlakeSimilarityWorkflow(PhasedWorkflow):
             "dimensions": int(rows.rows.shape[1]),
             "withdrawn": len(withdrawn),
             "lost": sorted(self._lost),
+            "ranking": self._ranking,
             "privacy": {
                 "strategy": strategy.name,
                 "server_learns": said.server_learns,
@@ -182,6 +186,7 @@ class FlakeSimilarityWorkflow(PhasedWorkflow):
             self.roster,
             self._ensemble,
             self._strategy,
+            self._ranking,
             self._released_rows,
             int(self._standing),
         )
