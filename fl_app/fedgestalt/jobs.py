@@ -169,6 +169,11 @@ class MatchingJob(JobSpec):
     sponsor: str = Field(
         default="", max_length=200, description="who hands the standing kernel to sites without it"
     )
+    computing_sites: tuple[str, ...] = Field(
+        default=(),
+        description="who computes beside the server, for strategies with several computing parties;"
+        " empty: the first sites of the roster",
+    )
     released_rows: int = Field(
         default=200, ge=0, description="best rows per query; 0 releases all, for evaluations"
     )

@@ -7,6 +7,7 @@ from typing import Final
 
 from fedgestalt.federation.job.handshake import Present
 from fedgestalt.federation.matching.messages import (
+    Computed,
     Consent,
     Enrolment,
     EnsembleSent,
@@ -14,6 +15,7 @@ from fedgestalt.federation.matching.messages import (
     Holdings,
     KernelReady,
     Ranked,
+    SharedEnrolment,
 )
 from fedgestalt.federation.training.messages import Published, Receipt, Trained, Uploaded
 from fedgestalt.messages import Message
@@ -30,6 +32,8 @@ KERNEL_KEYS, SEAL, AGREE = "fgm_kernel_keys", "fgm_kernel_seal", "fgm_kernel_agr
 HAND_OVER, SEND_ENSEMBLE = "fgm_kernel_hand_over", "fgm_ensemble_send"
 TAKE_OVER = "fgm_kernel_take_over"
 ENROL, CONSIDER, RANK = "fgm_enrol", "fgm_consider", "fgm_rank"
+ENROL_SHARES, COMPUTE = "fgm_enrol_shares", "fgm_compute"
+RANK_SHARES = "fgm_rank_shares"
 
 ANSWERS: Final[Mapping[str, type[Message]]] = {
     JOIN: Present,
@@ -52,6 +56,9 @@ ANSWERS: Final[Mapping[str, type[Message]]] = {
     ENROL: Enrolment,
     CONSIDER: Consent,
     RANK: Ranked,
+    ENROL_SHARES: SharedEnrolment,
+    COMPUTE: Computed,
+    RANK_SHARES: Ranked,
 }
 
 PHASES: Final[Mapping[str, str]] = {
@@ -75,5 +82,8 @@ PHASES: Final[Mapping[str, str]] = {
     ENROL: "the sites encode their patients",
     CONSIDER: "the sites consider what is asked and withdrawn",
     RANK: "the sites rank their patients",
+    ENROL_SHARES: "the sites encode their patients",
+    COMPUTE: "two sites compute on shares",
+    RANK_SHARES: "the sites rank their patients",
 }
 """What each task is about, for people."""

@@ -336,6 +336,34 @@ class KernelExchange:
         if kernel.version != facts.version:
             raise fault(f"the kernel has version {kernel.version}, not {facts.version}")
 
+    def seal_for(self, peer: str, what: str, plain: bytes) -> bytes:
+        """Seal what the server passes on to one peer.
+
+        Args:
+            peer: the receiver.
+            what: names it; :meth:`open_from` must name the same.
+            plain: the content.
+
+        Raises:
+            ServerError: the peer takes no part.
+        """
+        if peer not in self._met:
+            raise ServerError(f"{peer} takes no part in the kernel exchange", where=self._site)
+        return self._seal(f"message {what}", peer, plain)
+
+    def open_from(self, peer: str, what: str, box: bytes) -> bytes:
+        """Open what a peer has sealed for this site; see :meth:`seal_for`.
+
+        Raises:
+            ServerError: the peer takes no part.
+            PeerError: it does not open.
+        """
+        if peer not in self._met:
+            raise ServerError(f"{peer} takes no part in the kernel exchange", where=self._site)
+        if len(box) < CIPHERTEXT_BYTES + TAG_BYTES:
+            raise PeerError(f"its sealed {what} is cut short", site=peer)
+        return self._unseal(f"message {what}", peer, box)
+
     def _seal(self, what: str, peer: str, plain: bytes) -> bytes:
         secret, ciphertext = self._met[peer].encapsulate()
         return ciphertext + seal(self._key(what, self._site, peer, secret), plain, ciphertext)

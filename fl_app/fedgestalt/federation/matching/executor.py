@@ -24,11 +24,15 @@ from fedgestalt.federation.matching.messages import (
     ONBOARD,
     PURPOSES,
     Agree,
+    Answers,
     Ask,
+    Compute,
+    Computed,
     Consent,
     Consider,
     Enrol,
     Enrolment,
+    EnrolShares,
     EnsembleSent,
     ExchangeStart,
     HandedOver,
@@ -41,6 +45,7 @@ from fedgestalt.federation.matching.messages import (
     Ranked,
     ReleasedRows,
     SendEnsemble,
+    SharedEnrolment,
     TakeOver,
     handles_digest,
     query_statement,
@@ -53,7 +58,9 @@ from fedgestalt.federation.matching.results import (
     write_matches,
     write_receipt,
 )
+from fedgestalt.federation.matching.shares import SharingSite
 from fedgestalt.federation.site.outgoing import record_sent
+from fedgestalt.federation.site.settings import ALL_ROWS
 from fedgestalt.hooks import get_registry
 from fedgestalt.learning.device import choose_device
 from fedgestalt.learning.encoding import Encodings, encode, layout_of
@@ -61,7 +68,6 @@ from fedgestalt.learning.ensemble import Ensemble
 from fedgestalt.learning.images import load_faces
 from fedgestalt.learning.store import ensemble_from_words, ensemble_to_words, load_ensemble
 from fedgestalt.messages import from_server
-from fedgestalt.similarity.gram import check_one_party
 from fedgestalt.similarity.kernel import (
     Kernel,
     KernelExchange,
@@ -109,6 +115,8 @@ class FlakeMatcher(SiteExecutor):
         self._own: dict[str, int] = {}
         self._queries: Handles = np.empty((0, HANDLE_BYTES), np.uint8)
         self._withdrawn: list[str] = []
+        self._announced: dict[str, int] = {}
+        self._shares: SharingSite | None = None
 
     def handlers(self) -> Mapping[str, Handler]:
         """Tasks of the matching jobs."""
@@ -124,6 +132,9 @@ class FlakeMatcher(SiteExecutor):
             tasks.ENROL: self._enrol,
             tasks.CONSIDER: self._consider,
             tasks.RANK: self._rank,
+            tasks.ENROL_SHARES: self._enrol_shares,
+            tasks.COMPUTE: self._compute,
+            tasks.RANK_SHARES: self._rank_shares,
         }
 
     # the handshake
@@ -139,7 +150,14 @@ class FlakeMatcher(SiteExecutor):
         registry = get_registry()
         strategy = registry.matching.entry(start.strategy)
         self._strategy: MatchingStrategy = strategy.plugin
-        check_one_party(self._strategy)
+        if len(self._strategy.roles) > 1:
+            self.settings.check_release(ALL_ROWS)  # an asking site gets the scores of all rows
+            if start.standing:
+                raise ConfigError(
+                    f"strategy {start.strategy!r} has no standing gallery",
+                    where=self.site,
+                    remedy="submit the job with kernel=session",
+                )
         self._ranked_by: RankingStrategy = registry.rankings.get(start.ranking)
         self._start = start
         facts = {**versions([strategy]), "label map": self.cohort.label_map_digest}
@@ -364,6 +382,59 @@ class FlakeMatcher(SiteExecutor):
         queries = [i for i in self._order.image_ids[: self._order.queries] if i in images]
         return secrets.choice(queries or images), secrets.choice(images)
 
+    # shares, where several parties compute
+
+    def _enrol_shares(self, fields: object) -> SharedEnrolment:
+        message, kernel = EnrolShares.from_fields(fields, from_server), self._current
+        if message.kernel != kernel.id or not set(message.computing) <= set(self._started.roster):
+            raise ServerError("shares were asked for another kernel or roster", where=self.site)
+        self._shares = SharingSite(
+            self.site, self._strategy, self._open_exchange, message.computing
+        )
+        wanted = self._wanted()
+        order = [n for n, image in enumerate(self._order.image_ids) if image in wanted]
+        if not order:
+            raise SiteError("this site has no image that its policy lets it enrol")
+        images = [self._order.image_ids[number] for number in order]
+        handles = {image: new_handle().hex() for image in images}
+        self._enrolled = Enrolled({handles[image]: (image, wanted[image]) for image in images})
+        self._encodings = self._encode(images)
+        self._own = {handles[image]: place for place, image in enumerate(images)}
+        asking = [n for n in order if n < self._order.queries] if message.ask else []
+        self._asked = np.array(asking, np.int64)
+        self._queries = _stack([handles[self._order.image_ids[number]] for number in asking])
+        labels = [self._label(i, bytes.fromhex(handles[i]), kernel) for i in images]
+        queries = self._encodings[[self._own[h.tobytes().hex()] for h in self._queries]]
+        parts, boxes = self._shares.enrol(self._encodings, queries, kernel.masking_seed)
+        return SharedEnrolment(
+            kernel.id,
+            _stack(list(handles.values())),
+            np.frombuffer(b"".join(labels), np.uint8).reshape(-1, SEALED_BYTES),
+            self._queries,
+            self.identity.sign(self._query_statement(kernel.id)),
+            parts,
+            boxes,
+        )
+
+    def _compute(self, fields: object) -> Computed:
+        message = Compute.from_fields(fields, from_server)
+        return Computed(self._open_shares.compute(message, self._announced))
+
+    def _rank_shares(self, fields: object) -> Ranked:
+        message = Answers.from_fields(fields, from_server)
+        scores = self._open_shares.open(message)
+        columns = np.argsort(-scores, axis=1, kind="stable")
+        released = ReleasedRows(
+            message.handles,
+            message.labels,
+            columns.astype(np.int32),
+            np.take_along_axis(scores, columns, 1),
+            np.empty((0, HANDLE_BYTES), np.uint8),
+            {},
+            {},
+        )
+        return self._keep_ranks(released)
+
     # what the others ask, and what they take back
 
     def _consider(self, fields: object) -> Consent:
@@ -381,6 +452,7 @@ class FlakeMatcher(SiteExecutor):
         own = message.queries.get(self.site, Query(0, handles_digest(self._queries[:0]), b"-"))
         if (own.count, own.digest) != (len(self._queries), handles_digest(self._queries)):
             raise ServerError("this site's queries came back altered", where=self.site)
+        self._announced = {site: query.count for site, query in message.queries.items()}
         for site, query in sorted(message.queries.items()):
             if query.count:
                 ledger.note(site, self.job, query.count)
@@ -391,7 +463,9 @@ class FlakeMatcher(SiteExecutor):
         return Consent(kernel.id, self.identity.sign(statement))
 
     def _rank(self, fields: object) -> Ranked:
-        released = ReleasedRows.from_fields(fields, from_server)
+        return self._keep_ranks(ReleasedRows.from_fields(fields, from_server))
+
+    def _keep_ranks(self, released: ReleasedRows) -> Ranked:
         kernel, start = self._current, self._started
         released.check(len(self._queries), from_server)
         self._check_planted(released)
@@ -472,6 +546,12 @@ class FlakeMatcher(SiteExecutor):
         if self._exchange is None:
             raise ServerError("a kernel exchange came before its start", where=self.site)
         return self._exchange
+
+    @property
+    def _open_shares(self) -> SharingSite:
+        if self._shares is None:
+            raise ServerError("shares came before they were asked for", where=self.site)
+        return self._shares
 
     @property
     def _current(self) -> Kernel:

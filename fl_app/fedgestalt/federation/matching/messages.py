@@ -333,6 +333,104 @@ class Ranked(Message):
     kernel: str = hexadecimal(KERNEL_DIGITS)
 
 
+@dataclass(frozen=True)
+class EnrolShares(Message):
+    """Server to a site: send your rows and queries in shares.
+
+    Attributes:
+        kernel: whose label key seals the labels.
+        computing: the computing sites, parties 1 and on; party 0 is the server.
+        ask: 1 if the site may ask about its queries.
+    """
+
+    schema: ClassVar[str] = "fedgestalt.matching.enrol-shares/1"
+    kernel: str = hexadecimal(KERNEL_DIGITS)
+    computing: tuple[str, ...] = several(text(), 8)
+    ask: int = integer(0, 1)
+
+
+@dataclass(frozen=True)
+class SharedEnrolment(Message):
+    """Site to server: its rows and queries, of which the server can read its own share alone.
+
+    Attributes:
+        kernel: whose label key seals the labels.
+        handles, labels: of the rows, ``HANDLE_BYTES`` and ``SEALED_BYTES`` each.
+        queries: handles of the rows that it asks about.
+        signature: over :func:`query_statement`, for the other sites.
+        parts: the server's part of the rows, and of the question; the latter is empty without one.
+        boxes: the same for each computing site, sealed for it; a computing site keeps its own.
+    """
+
+    schema: ClassVar[str] = "fedgestalt.matching.shared-enrolment/1"
+    kernel: str = hexadecimal(KERNEL_DIGITS)
+    handles: Handles = array("uint8", 2)
+    labels: NDArray[np.uint8] = array("uint8", 2)
+    queries: Handles = array("uint8", 2)
+    signature: bytes = octets(1, _SIGNATURE_LIMIT)
+    parts: tuple[bytes, ...] = several(octets(0, _WORDS_LIMIT), 2)
+    boxes: Mapping[str, bytes] = octets_by_site()
+
+    def check(self, fault: Fault) -> None:
+        """Raise ``fault`` if the parts do not belong together."""
+        count = len(self.handles)
+        if (
+            not count
+            or self.handles.shape != (count, HANDLE_BYTES)
+            or self.labels.shape != (count, SEALED_BYTES)
+            or self.queries.shape != (len(self.queries), HANDLE_BYTES)
+            or len(self.parts) != 2
+        ):
+            raise fault(f"{count} rows do not go with its handles, labels, queries and parts")
+        known = {handle.tobytes() for handle in self.handles}
+        asked = {handle.tobytes() for handle in self.queries}
+        if len(known) != count or len(asked) != len(self.queries):
+            raise fault("it sent a row twice")
+        if not asked <= known:
+            raise fault("it asks about a row that it has not enrolled")
+
+
+@dataclass(frozen=True)
+class Compute(Message):
+    """Server to a computing site: what the owners and askers have sealed for it.
+
+    Attributes:
+        boxes: by site; not the computing site's own.
+        order: of the owners in each answer, at random: it does not say whose row is whose.
+    """
+
+    schema: ClassVar[str] = "fedgestalt.matching.compute/1"
+    boxes: Mapping[str, bytes] = octets_by_site()
+    order: tuple[str, ...] = several(text(), MAXIMUM_SITES)
+
+
+@dataclass(frozen=True)
+class Computed(Message):
+    """Computing site to server: its answers, sealed for who asks."""
+
+    schema: ClassVar[str] = "fedgestalt.matching.computed/1"
+    answers: Mapping[str, bytes] = octets_by_site()
+
+
+@dataclass(frozen=True)
+class Answers(Message):
+    """Server to an asking site: the answers of all parties, and whom they are about.
+
+    Attributes:
+        handles, labels: of all rows, owner after owner.
+        counts: how many rows each owner has, in that order.
+        answer: the server's own.
+        boxes: of the computing sites, by name.
+    """
+
+    schema: ClassVar[str] = "fedgestalt.matching.answers/1"
+    handles: Handles = array("uint8", 2)
+    labels: NDArray[np.uint8] = array("uint8", 2)
+    counts: tuple[int, ...] = several(integer(1, _ROW_LIMIT), MAXIMUM_SITES)
+    answer: bytes = octets(0, _WORDS_LIMIT)
+    boxes: Mapping[str, bytes] = octets_by_site()
+
+
 def query_statement(job: str, kernel: str, site: str, count: int, handles: bytes) -> bytes:
     """What an asking site signs; ``handles`` is :func:`handles_digest` of what it asks about."""
     texts = (job, kernel, site, str(count))

@@ -11,6 +11,7 @@ A site that is lost is left out: its queries stay unanswered, its rows of a stan
 from __future__ import annotations
 
 import datetime as dt
+import secrets
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,6 +20,7 @@ import numpy as np
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.signal import Signal
 
+from fedgestalt.contracts import MatchingStrategy
 from fedgestalt.errors import PeerError, ServerError
 from fedgestalt.federation.job.handshake import versions
 from fedgestalt.federation.job.identity import Trust
@@ -29,23 +31,38 @@ from fedgestalt.federation.matching.galleries import GALLERIES_FOLDER, Galleries
 from fedgestalt.federation.matching.messages import (
     GALLERY,
     MATCH,
+    Answers,
     Ask,
+    Compute,
+    Computed,
     Consent,
     Consider,
     Enrol,
     Enrolment,
+    EnrolShares,
     Handles,
     Holdings,
     MatchStart,
     Query,
     Ranked,
     ReleasedRows,
+    SharedEnrolment,
     handles_digest,
     query_statement,
     withdrawal_statement,
 )
+from fedgestalt.federation.matching.shares import Party
 from fedgestalt.federation.site.settings import ALL_ROWS
-from fedgestalt.federation.tasks import CONSIDER, ENROL, HOLDINGS, RANK, START
+from fedgestalt.federation.tasks import (
+    COMPUTE,
+    CONSIDER,
+    ENROL,
+    ENROL_SHARES,
+    HOLDINGS,
+    RANK,
+    RANK_SHARES,
+    START,
+)
 from fedgestalt.hooks import get_registry
 from fedgestalt.messages import Message, from_site
 from fedgestalt.similarity.gram import TopRows, dense_gram, similarities_of, top_rows
@@ -66,6 +83,8 @@ class FlakeSimilarityWorkflow(PhasedWorkflow):
         kernel: ``session`` for one that ends with the job, ``standing`` for one that stays.
         rotate: agree on a new version of the standing kernel.
         sponsor: who hands the kernel to newcomers; empty for any site that holds it.
+        computing_sites: beside the server, where a strategy has several computing parties; empty
+            for the first sites of the roster.
         released_rows: best rows per query that the asking site gets; 0 releases all, which sites
             allow for evaluations only.
         keep_gram: leave the whole matrix in the run folder, to show what the server sees.
@@ -87,6 +106,7 @@ class FlakeSimilarityWorkflow(PhasedWorkflow):
         kernel: str = "session",
         rotate: bool = False,
         sponsor: str = "",
+        computing_sites: list[str] | None = None,
         released_rows: int = 200,
         keep_gram: bool = False,
         minimum_sites: int = 3,
@@ -98,7 +118,7 @@ class FlakeSimilarityWorkflow(PhasedWorkflow):
         super().__init__(sites, phase_limit_seconds, start_limit_seconds, silence_limit_seconds)
         self._ensemble, self._strategy, self._purpose = ensemble, strategy, purpose
         self._standing, self._rotate, self._sponsor = kernel == "standing", rotate, sponsor
-        self._ranking = ranking
+        self._ranking, self._computing = ranking, tuple(computing_sites or ())
         self._released_rows, self._keep_gram = released_rows, keep_gram
         self._minimum = minimum_sites
         self._members: dict[str, Member] = {}
@@ -147,6 +167,29 @@ class FlakeSimilarityWorkflow(PhasedWorkflow):
         self._ask = ask
         self._join_all(abort_signal, fl_ctx)
         kernel, version = self._settle()
+        strategy: MatchingStrategy = get_registry().matching.get(self._strategy)
+        if len(strategy.roles) > 1:
+            found = self._match_shares(kernel, strategy)
+        else:
+            found = self._match_rows(kernel, strategy)
+        said = strategy.disclosure
+        return {
+            "kernel": kernel,
+            "kernel_version": version,
+            "ensemble": self._ensemble,
+            **found,
+            "lost": sorted(self._lost),
+            "ranking": self._ranking,
+            "privacy": {
+                "strategy": strategy.name,
+                "server_learns": said.server_learns,
+                "sites_learn": said.sites_learn,
+                "asking_site_learns": said.asking_site_learns,
+            },
+        }
+
+    def _match_rows(self, kernel: str, strategy: MatchingStrategy) -> dict[str, Any]:
+        """The server alone compares masked rows."""
         gallery = self._galleries.gallery(kernel) if self._standing else Gallery()
         queries, withdrawn = self._enrol(kernel, gallery)
         consents = self._consider(kernel, queries, withdrawn)
@@ -156,26 +199,13 @@ class FlakeSimilarityWorkflow(PhasedWorkflow):
             for other in self._galleries.known(self._for):
                 if other != kernel:
                     self._galleries.drop(other)
-        strategy = get_registry().matching.get(self._strategy)
         if self._keep_gram:
             gram = dense_gram(rows.rows, rows.rows, similarities_of(strategy))
             np.savez(self.folder / GRAM_FILE, gram=gram, handles=rows.handles)
-        said = strategy.disclosure
         return {
-            "kernel": kernel,
-            "kernel_version": version,
-            "ensemble": self._ensemble,
             "rows": len(rows),
             "dimensions": int(rows.rows.shape[1]),
             "withdrawn": len(withdrawn),
-            "lost": sorted(self._lost),
-            "ranking": self._ranking,
-            "privacy": {
-                "strategy": strategy.name,
-                "server_learns": said.server_learns,
-                "sites_learn": said.sites_learn,
-                "asking_site_learns": said.asking_site_learns,
-            },
         }
 
     # the handshake
@@ -288,10 +318,7 @@ class FlakeSimilarityWorkflow(PhasedWorkflow):
                 self._galleries.withdraw(site, new.removed, kernel)
             if (gallery.part(site).at(new.queries) < 0).any():
                 raise PeerError("it asks about a row that it has not enrolled", site=site)
-            statement = query_statement(
-                self._job, kernel, site, len(new.queries), handles_digest(new.queries)
-            )
-            self._members[site].identity.verify(statement, new.signature)
+            self._check_query(kernel, site, new.queries, new.signature)
             withdrawn.append(new.removed)
             enrolled[site] = new
 
@@ -305,7 +332,10 @@ class FlakeSimilarityWorkflow(PhasedWorkflow):
         return enrolled, np.concatenate(withdrawn)
 
     def _consider(
-        self, kernel: str, queries: Mapping[str, Enrolment], withdrawn: Handles
+        self,
+        kernel: str,
+        queries: Mapping[str, Enrolment] | Mapping[str, SharedEnrolment],
+        withdrawn: Handles,
     ) -> dict[str, bytes]:
         """Every site agrees to what is asked; returns its signature on what is withdrawn."""
         consents: dict[str, bytes] = {}
@@ -357,3 +387,75 @@ class FlakeSimilarityWorkflow(PhasedWorkflow):
                 raise PeerError("it ranked under another kernel", site=site)
 
         self._ask(RANK, released, on_reply, set(self._here))
+
+    # shares, where several parties compute
+
+    def _match_shares(self, kernel: str, strategy: MatchingStrategy) -> dict[str, Any]:
+        """The server is one of several parties, of which none sees a score."""
+        computing = tuple(self._computing or sorted(self._here)[: len(strategy.roles) - 1])
+        if not set(computing) <= self._here:
+            raise ServerError(
+                f"the computing sites {', '.join(computing)} are not all there", where="job"
+            )
+        enrolled: dict[str, SharedEnrolment] = {}
+        party = Party(strategy, 0)
+
+        def on_enrolment(site: str, fields: object) -> None:
+            fault = from_site(site)
+            new = SharedEnrolment.from_fields(fields, fault)
+            new.check(fault)
+            if new.kernel != kernel or new.boxes.keys() != set(computing) - {site}:
+                raise PeerError("its shares are not for the job's computing sites", site=site)
+            self._check_query(kernel, site, new.queries, new.signature)
+            party.take(site, new.parts[0], new.parts[1], fault)
+            if party.queries.get(site, 0) != len(new.queries):
+                raise PeerError("its question is not about the rows that it names", site=site)
+            enrolled[site] = new
+
+        asks = int(self._purpose != GALLERY)
+        self._ask(ENROL_SHARES, EnrolShares(kernel, computing, asks), on_enrolment, self._everybody)
+        self._consider(kernel, enrolled, np.empty((0, HANDLE_BYTES), np.uint8))
+        order = sorted(enrolled)
+        secrets.SystemRandom().shuffle(order)
+        sealed: dict[str, dict[str, bytes]] = {site: {} for site in enrolled}
+
+        def on_computed(site: str, fields: object) -> None:
+            answers = Computed.from_fields(fields, from_site(site)).answers
+            if answers.keys() != {s for s in party.queries if s != site}:
+                raise PeerError("its answers are not for the sites that ask", site=site)
+            for asking, box in answers.items():
+                sealed[asking][site] = box
+
+        messages = {
+            site: Compute(
+                {s: new.boxes[site] for s, new in enrolled.items() if s != site}, tuple(order)
+            )
+            for site in computing
+        }
+        if self._ask(COMPUTE, messages, on_computed, computing):
+            raise ServerError("a computing site was lost", where="job", remedy="submit it again")
+        own = party.answers(order, {site: from_site(site) for site in enrolled})
+        handles = np.concatenate([enrolled[site].handles for site in order])
+        labels = np.concatenate([enrolled[site].labels for site in order])
+        counts = tuple(len(enrolled[site].handles) for site in order)
+        released = {
+            site: Answers(handles, labels, counts, own.get(site, b""), sealed[site])
+            for site in self._here
+        }
+
+        def on_ranked(site: str, fields: object) -> None:
+            if Ranked.from_fields(fields, from_site(site)).kernel != kernel:
+                raise PeerError("it ranked under another kernel", site=site)
+
+        self._ask(RANK_SHARES, released, on_ranked, self._everybody)
+        return {"rows": len(handles), "withdrawn": 0, "computing": list(computing)}
+
+    @property
+    def _everybody(self) -> set[str]:
+        return set(self._here)
+
+    def _check_query(self, kernel: str, site: str, queries: Handles, signature: bytes) -> None:
+        """Raise PeerError if a site has not signed what it asks."""
+        digest = handles_digest(queries)
+        statement = query_statement(self._job, kernel, site, len(queries), digest)
+        self._members[site].identity.verify(statement, signature)
