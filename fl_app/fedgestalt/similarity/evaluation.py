@@ -86,9 +86,11 @@ def rank_tables(
     if splits is None:
         splits = [s for s in range(MAXIMUM_SPLITS) if (gallery_roles & rare_gallery(s)).any()]
 
+    by_syndrome = np.argsort(gallery_syndromes, kind="stable")  # once: no table is sorted again
+
     def ranked(table: str, split: int, query_role: int, gallery_role: int) -> Ranked:
         rows = np.flatnonzero(query_roles & query_role)
-        columns = np.flatnonzero(gallery_roles & gallery_role)
+        columns = by_syndrome[(gallery_roles[by_syndrome] & gallery_role) > 0]
         if not len(columns):
             return Ranked(table, split, rows, np.zeros(len(rows), np.int64), 0, 0)
         scored = score_syndromes(similarities[np.ix_(rows, columns)], gallery_syndromes[columns])

@@ -49,7 +49,9 @@ def score_syndromes(similarities: Floats, gallery_syndromes: Integers) -> Syndro
         similarities: (queries, gallery).
         gallery_syndromes: (gallery,) ids; at least one.
     """
-    order = np.argsort(gallery_syndromes, kind="stable")
-    syndromes, starts = np.unique(gallery_syndromes[order], return_index=True)
-    best = np.maximum.reduceat(similarities[:, order], starts, axis=1)
+    if (np.diff(gallery_syndromes) < 0).any():
+        order = np.argsort(gallery_syndromes, kind="stable")
+        similarities, gallery_syndromes = similarities[:, order], gallery_syndromes[order]
+    syndromes, starts = np.unique(gallery_syndromes, return_index=True)
+    best = np.maximum.reduceat(similarities, starts, axis=1)
     return SyndromeScores(best, syndromes)
