@@ -20,6 +20,7 @@ from fedgestalt.errors import DataError, SiteError
 from fedgestalt.federation.job.handshake import Present
 from fedgestalt.federation.job.wire import BODY, FAULT, fault_of, fault_reply, to_shareable
 from fedgestalt.federation.matching.messages import (
+    Computed,
     Consent,
     Enrolment,
     EnsembleSent,
@@ -27,6 +28,7 @@ from fedgestalt.federation.matching.messages import (
     Holdings,
     KernelReady,
     Ranked,
+    SharedEnrolment,
 )
 from fedgestalt.federation.site.outgoing import SENT_FILE, OutgoingGuard, record_sent
 from fedgestalt.federation.site.settings import FILE_NAME
@@ -87,6 +89,16 @@ REPLIES: list[Message] = [
         bytes(64),
     ),
     Consent("a" * 32, bytes(64)),
+    SharedEnrolment(
+        "a" * 32,
+        HANDLES,
+        np.zeros((2, SEALED_BYTES), np.uint8),
+        HANDLES[1:],
+        bytes(64),
+        (b"rows", b"question"),
+        {"berlin": b"sealed"},
+    ),
+    Computed({"berlin": b"sealed"}),
     Ranked("a" * 32),
 ]
 SECRET = np.arange(100.0)

@@ -153,9 +153,8 @@ class FlakeMatcher(SiteExecutor):
         if len(self._strategy.roles) > 1:
             self.settings.check_release(ALL_ROWS)  # an asking site gets the scores of all rows
             if start.standing:
-                raise ConfigError(
+                raise SiteError(
                     f"strategy {start.strategy!r} has no standing gallery",
-                    where=self.site,
                     remedy="submit the job with kernel=session",
                 )
         self._ranked_by: RankingStrategy = registry.rankings.get(start.ranking)
