@@ -45,7 +45,7 @@ class Opened:
         facts: of the session.
         agreement: digest of its keys and share headers.
         survivors: whose updates it holds.
-        words: (plan.words,) uint32.
+        words: (plan.words,) uint32; until the next sum is opened.
     """
 
     facts: SessionFacts
@@ -84,6 +84,7 @@ class SecureRounds:
         self._members, self._minimum = members, minimum_sites
         self._threads, self._warn = threads, warn
         self._attempt = 0
+        self._sum: Words | None = None
 
     def open_sum(self, sites: Collection[str], facts_of: FactsOf) -> Opened:
         """Sum the updates of ``sites``, all of which have trained.
@@ -121,7 +122,7 @@ class SecureRounds:
                     given.add(site)
 
             self._ask(UNMASK, endorsements, take, helpers, lambda: len(given) >= facts.threshold)
-            words = session.total(threads=self._threads)
+            words = self._sum = session.total(threads=self._threads, into=self._sum)
         except ServerError as error:
             raise RoundFailedError(error.what, where=error.where, remedy=error.remedy) from None
         finally:
