@@ -49,7 +49,8 @@ WITHOUT_STREAMS = (
     QUICK_TRAINING
     + """
 def without_streams(module):
-    module.add_streams = lambda vector, streams, **settings: None
+    add = module.add_streams
+    module.add_streams = lambda vector, streams, **settings: add(vector, (), **settings)
 
 PATCHES["fedgestalt.secagg.site"] = without_streams
 PATCHES["fedgestalt.secagg.server"] = without_streams
