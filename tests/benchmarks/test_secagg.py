@@ -372,8 +372,8 @@ def test_against_tenseal(benchmark, certificates, update, sites: int) -> None:
     symmetric, values weighted in float64, not serialized; ``CIPHERTEXTS`` ciphertexts, scaled
     linearly. Its server sees no sum, so our server sees none either (one more mask; ``Recipient``
     is ``SITES``). What it costs does not depend on *n*, while our masks do: the target is for the
-    smallest consortium, the others are reported without one. ``ratio_round`` adds what a client does after the download: decryption there,
-    taking the common masks off and decoding here.
+    smallest consortium, the others are reported without one. ``ratio_round`` adds what a client
+    does after the download: decryption there, taking the common masks off and decoding here.
     """
     peers = pytest.importorskip("secagg_peers", reason=PEERS, exc_type=ImportError)
     ours, theirs = Site(certificates[:sites], update, Recipient.SITES), []
