@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from fedgestalt import RESEARCH_USE_ONLY, __version__
 from fedgestalt.errors import ConfigError, ServerError, SiteError
@@ -52,7 +53,7 @@ def save_ensemble(folder: Path, ensemble: Ensemble | Outline, state: SharedState
         temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".ensemble-"))
         try:
             (temporary / _MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-            save_file(state, temporary / _WEIGHTS)
+            write_tensors(temporary / _WEIGHTS, state)
             if folder.exists():
                 shutil.rmtree(folder)
             temporary.replace(folder)
@@ -61,6 +62,31 @@ def save_ensemble(folder: Path, ensemble: Ensemble | Outline, state: SharedState
     except (OSError, SafetensorError) as error:
         raise _cannot_store(error) from None
     return digest
+
+
+def write_tensors(path: Path, state: Mapping[str, NDArray[np.float32]]) -> None:
+    """Write a file in the format of safetensors, tensor by tensor.
+
+    The library's own writer copies all tensors first: a whole model in memory more.
+
+    Args:
+        path: of the file.
+        state: float32 values by name.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    header, start = {}, 0
+    for name, values in sorted(state.items()):
+        end = start + 4 * values.size
+        header[name] = {"dtype": "F32", "shape": values.shape, "data_offsets": (start, end)}
+        start = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for _, values in sorted(state.items()):
+            file.write(np.ascontiguousarray(values, "<f4").data)
 
 
 def reason_of(error: Exception) -> str:

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors import SafetensorError
 
 from fedgestalt.errors import ConfigError, FedgestaltError, SiteError
 from fedgestalt.federation.training import checkpoints
@@ -69,14 +68,13 @@ def times_of(*paths: Path) -> None:
 
 def fill_the_disk(patch: pytest.MonkeyPatch, name: str) -> None:
     """The disk takes all that comes before a file whose name begins so, and half of that."""
-    save_file, write_text = checkpoints.save_file, Path.write_text
+    write_tensors, write_text = checkpoints.write_tensors, Path.write_text
 
-    def save(tensors: SharedState, path: Path) -> None:
+    def save(path: Path, tensors: SharedState) -> None:
         if path.name.startswith(name):
             path.write_bytes(b"half of the mod")
-            said = "No space left on device (os error 28)"
-            raise SafetensorError(f"Error while serializing: I/O error: {said}")
-        save_file(tensors, path)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        write_tensors(path, tensors)
 
     def write(path: Path, text: str, encoding: str) -> int:
         if path.name.startswith(name):
@@ -84,7 +82,7 @@ def fill_the_disk(patch: pytest.MonkeyPatch, name: str) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         return write_text(path, text, encoding)
 
-    patch.setattr(checkpoints, "save_file", save)
+    patch.setattr(checkpoints, "write_tensors", save)
     patch.setattr(Path, "write_text", write)
 
 
@@ -106,7 +104,7 @@ def die_after(steps: int, patch: pytest.MonkeyPatch) -> None:
 
     for name in ("mkdir", "replace", "rename", "unlink", "write_text"):
         patch.setattr(Path, name, counted(getattr(Path, name)))
-    patch.setattr(checkpoints, "save_file", counted(checkpoints.save_file))
+    patch.setattr(checkpoints, "write_tensors", counted(checkpoints.write_tensors))
 
 
 # --- the server's --------------------------------------------------------------------------------

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
@@ -23,7 +25,7 @@ from fedgestalt.learning.ensemble import (
     read_shared_state,
 )
 from fedgestalt.learning.spec import EnsembleSpec, MemberSpec
-from fedgestalt.learning.store import load_ensemble, reason_of, save_ensemble
+from fedgestalt.learning.store import load_ensemble, reason_of, save_ensemble, write_tensors
 
 TINY = {"depth": 18, "width": 4, "embedding_size": 8, "input_size": 32}
 MANIFEST, WEIGHTS = "ensemble.json", "weights.safetensors"
@@ -88,6 +90,25 @@ def test_an_outline_is_enough_to_store_a_state(
     assert digest == ensemble.digest(trained)
     for name in (MANIFEST, WEIGHTS):
         assert (tmp_path / "other" / name).read_bytes() == (stored / name).read_bytes()
+
+
+@given(
+    shapes=st.dictionaries(
+        st.text(min_size=1, max_size=8), st.lists(st.integers(0, 3), max_size=3), max_size=4
+    )
+)
+def test_tensors_are_written_as_the_library_reads_them(
+    tmp_path_factory: pytest.TempPathFactory, shapes: dict[str, list[int]]
+) -> None:
+    rng = np.random.default_rng(0)
+    state = {n: rng.standard_normal(s).astype(np.float32) for n, s in shapes.items()}
+    path = tmp_path_factory.mktemp("tensors") / "file"
+    write_tensors(path, {n: np.asfortranarray(values) for n, values in state.items()})
+    found = load_file(path)
+    assert found.keys() == state.keys()
+    for name, values in state.items():
+        assert found[name].dtype == np.float32
+        np.testing.assert_array_equal(found[name], values)
 
 
 @pytest.mark.parametrize(

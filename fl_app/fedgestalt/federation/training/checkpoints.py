@@ -19,12 +19,12 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from fedgestalt.errors import ConfigError, SiteError
 from fedgestalt.learning.ensemble import SharedState, shared_state_digest
 from fedgestalt.learning.spec import Spec
-from fedgestalt.learning.store import reason_of
+from fedgestalt.learning.store import reason_of, write_tensors
 
 MODELS_KEPT: Final = 2
 """How many models a site keeps."""
@@ -97,7 +97,7 @@ class ServerCheckpoints:
             self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             folder.mkdir(exist_ok=True, mode=0o700)
             if state is not None:
-                _write(model, lambda path: save_file(dict(state), path))
+                _write(model, lambda path: write_tensors(path, state))
             _write(folder / _STATE, lambda path: path.write_text(json.dumps(content), "utf-8"))
         except (OSError, SafetensorError) as error:
             raise SiteError(
@@ -173,7 +173,7 @@ class SiteCheckpoints:
         target = _model_in(self._folder, digest.hex())
         try:
             self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            _write(target, lambda path: save_file(dict(state), path))
+            _write(target, lambda path: write_tensors(path, state))
             older = sorted(set(self._folder.glob("*.safetensors")) - {target}, key=_age)
             for path in older[: 1 - MODELS_KEPT]:
                 path.unlink(missing_ok=True)
