@@ -17,7 +17,7 @@ from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
 from fedgestalt.errors import FedgestaltError, PeerError, ServerError
-from fedgestalt.federation.matching.messages import OfferKeys
+from fedgestalt.federation.matching.messages import Ask
 from fedgestalt.messages import (
     MAXIMUM_SITES,
     Message,
@@ -430,10 +430,10 @@ def test_every_message_refuses_a_field_too_few(kind: type[Message]) -> None:
             kind.from_fields(fields, Chosen)
 
 
-def test_offering_keys_takes_no_field() -> None:
-    schema = OfferKeys.schema
-    assert OfferKeys().to_fields() == {"schema": schema}
-    assert OfferKeys.from_fields({"schema": schema}, Chosen) == OfferKeys()
+def test_a_message_may_have_no_field() -> None:
+    schema = Ask.schema
+    assert Ask().to_fields() == {"schema": schema}
+    assert Ask.from_fields({"schema": schema}, Chosen) == Ask()
 
 
 # --- texts by name, and sizes --------------------------------------------------------------------

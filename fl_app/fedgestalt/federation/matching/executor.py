@@ -159,12 +159,12 @@ class FlakeMatcher(SiteExecutor):
                 )
         self._ranked_by: RankingStrategy = registry.rankings.get(start.ranking)
         self._start = start
-        facts = {**versions([strategy]), "label map": self.cohort.label_map_digest}
+        facts = versions([strategy])
         if start.purpose != ONBOARD or self._has_ensemble:
             ensemble = self._load()
-            backbones = map(registry.backbones.entry, ensemble.backbones)
             if start.purpose != ONBOARD:
-                facts |= versions(backbones)
+                facts |= versions(map(registry.backbones.entry, ensemble.backbones))
+        facts["label map"] = self.cohort.label_map_digest
         self._order: ImageOrder = image_order(self.cohort)
         return present(facts, certificate=self.identity.certificate)
 
