@@ -50,7 +50,7 @@ ROUNDS = 3
 SILENCE_SECONDS = 10.0
 SOON_SECONDS = 60.0
 """Until a silence is noticed, on a machine that is busy with other things."""
-LIMIT_SECONDS = 300.0
+LIMIT_SECONDS = 500.0
 IN_CHUNKS = MemberSpec(
     name="scratch",
     backbone="iresnet",
