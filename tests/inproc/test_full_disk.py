@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 from consortium import Consortium, one_network
-from safetensors import SafetensorError
 
 import fedgestalt.learning.store
 from fedgestalt.federation.job import transfer
@@ -39,10 +38,9 @@ def test_an_ensemble_that_does_not_fit_on_the_disk_leaves_nothing_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*arguments: object) -> None:
-        message = "Error while serializing: I/O error: No space left on device (os error 28)"
-        raise SafetensorError(message)
+        raise FULL
 
-    monkeypatch.setattr(fedgestalt.learning.store, "save_file", full)
+    monkeypatch.setattr(fedgestalt.learning.store, "write_tensors", full)
     outcome = Consortium(tmp_path).run(JOB).outcome
     assert outcome["reason"] == (
         "the ensemble cannot be stored (No space left on device);"
