@@ -319,7 +319,9 @@ def summed(
 def facts(
     built: Ensemble, roster: tuple[str, ...] = ROSTER, weight: int = 64, **chosen: Any
 ) -> dict[str, str]:
-    return training_facts(built, roster, Aggregation(max_weight=weight, **chosen), get_registry())
+    aggregation = Aggregation(max_weight=weight, **chosen)
+    state = read_shared_state(built)
+    return training_facts(built, state, roster, aggregation, get_registry())
 
 
 def test_everybody_states_the_same_facts_from_the_same_job() -> None:

@@ -157,7 +157,7 @@ class EnsembleTrainer(SiteExecutor):
         seed, cache = local_seed(self._spec.seed, self.site), self.store / "cache"
         held_out = held_out_set(self.cohort)
         self._trainer = LocalTrainer(ensemble, data, device, seed, cache, held_out=held_out)
-        facts = training_facts(ensemble, join.roster, chosen, registry)
+        facts = training_facts(ensemble, state, join.roster, chosen, registry)
         facts["label map"] = self.cohort.label_map_digest
         cipher = AES if _calibrated().aes_is_fast else CHACHA20
         return present(facts, self.identity.certificate, cipher)

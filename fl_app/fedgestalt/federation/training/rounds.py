@@ -17,7 +17,6 @@ from fedgestalt.learning.ensemble import (
     Ensemble,
     SharedState,
     is_classifier,
-    read_shared_state,
 )
 from fedgestalt.learning.spec import EnsembleSpec
 from fedgestalt.learning.training import MemberMetrics
@@ -116,16 +115,27 @@ class Aggregation:
 
 
 def training_facts(
-    ensemble: Ensemble, roster: tuple[str, ...], aggregation: Aggregation, registry: Registry
+    ensemble: Ensemble,
+    state: SharedState,
+    roster: tuple[str, ...],
+    aggregation: Aggregation,
+    registry: Registry,
 ) -> dict[str, str]:
     """What everybody in a training job must have alike; compared in the handshake.
+
+    Args:
+        ensemble: the start model.
+        state: its shared state.
+        roster: all sites.
+        aggregation: the job's.
+        registry: of the plugins.
 
     Raises:
         PlanError: the sum could overflow.
     """
-    state, spec = aggregation.shared(read_shared_state(ensemble)), ensemble.spec
-    exponents = exponents_of(first_ranges(state, spec))
-    shapes = shapes_of(state)
+    shared, spec = aggregation.shared(state), ensemble.spec
+    exponents = exponents_of(first_ranges(shared, spec))
+    shapes = shapes_of(shared)
     plan = number_plan(shapes, exponents, len(roster), aggregation, spec, ensemble.classes)
     return {
         **versions(map(registry.backbones.entry, ensemble.backbones)),
@@ -233,8 +243,13 @@ def first_ranges(state: SharedState, spec: EnsembleSpec) -> dict[str, float]:
     ranges = {}
     for name, values in state.items():
         floor = 64.0 if name.endswith(_STATISTICS) else 1.0
-        ranges[name] = max(floor, 2 * float(np.abs(values).max(initial=0)))
+        ranges[name] = max(floor, 2 * _largest(values))
     return ranges | dict.fromkeys(metric_names(spec), _METRICS_RANGE)
+
+
+def _largest(values: NDArray[np.float32]) -> float:
+    """The largest absolute value, without a copy of all of them."""
+    return max(float(values.max(initial=0)), -float(values.min(initial=0)))
 
 
 def next_ranges(ranges: Mapping[str, float], aggregate: Aggregate) -> dict[str, float]:
@@ -244,7 +259,7 @@ def next_ranges(ranges: Mapping[str, float], aggregate: Aggregate) -> dict[str, 
     """
     result = {}
     for name, bound in ranges.items():
-        largest = float(np.abs(aggregate.mean[name]).max(initial=0))
+        largest = _largest(aggregate.mean[name])
         wanted = max(_MARGIN * largest, bound * 2.0**-10)
         wanted = bound * 4 if aggregate.clipped[name] else wanted
         result[name] = min(_MOST_RANGE, max(_LEAST_RANGE, wanted))

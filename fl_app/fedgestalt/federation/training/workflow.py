@@ -34,6 +34,7 @@ from fedgestalt.errors import (
 )
 from fedgestalt.federation.job.handshake import Present
 from fedgestalt.federation.job.identity import Trust
+from fedgestalt.federation.job.memory import give_back
 from fedgestalt.federation.job.transfer import DownloadDesk, UploadDesk
 from fedgestalt.federation.job.workflow import OnReply, PhasedWorkflow
 from fedgestalt.federation.tasks import APPLY, JOIN, PUBLISH, TRAIN
@@ -238,6 +239,7 @@ class EnsembleTrainingWorkflow(PhasedWorkflow):
         """The handshake, and the model to begin with."""
         checkpoint, kept = self._load_checkpoint()
         self._handshake(checkpoint, self.roster, abort_signal, fl_ctx)
+        give_back()  # the network is gone, its parameters are in the start state
         model = GlobalModel(self._start_state)
         self._shapes = shapes_of(model.state)
         self._model_digest = model.digest
@@ -251,6 +253,7 @@ class EnsembleTrainingWorkflow(PhasedWorkflow):
                 model = GlobalModel(kept)
         self._model = model if self._reveals else None
         self._start_state = {}
+        give_back()
 
     def _load_checkpoint(self) -> tuple[Checkpoint | None, SharedState | None]:
         if not self._resume_from:
@@ -293,9 +296,9 @@ class EnsembleTrainingWorkflow(PhasedWorkflow):
             if not count.isdecimal() or not 2 <= int(count) <= MAXIMUM_CLASSES:
                 return {}
             ensemble = build_ensemble(self._spec, int(count), registry)
-            facts = training_facts(ensemble, self.roster, chosen, registry)
-            self._outline = ensemble.outline()
             state = read_shared_state(ensemble)
+            facts = training_facts(ensemble, state, self.roster, chosen, registry)
+            self._outline = ensemble.outline()
             self._start_state = chosen.shared(state)
             self._rest = {n: v for n, v in state.items() if n not in self._start_state}
             return facts
