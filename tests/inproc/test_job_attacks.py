@@ -7,6 +7,7 @@ Where the honest server would notice first, :func:`gullible` takes its own check
 from __future__ import annotations
 
 import json
+import time
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -590,7 +591,14 @@ def wrong_sum(site: str, task: str, data: Shareable) -> Shareable:
 def test_a_site_that_was_given_another_sum_signs_another_record(
     tmp_path: Path, three_sites: Consortium
 ) -> None:
-    consortium = Consortium(tmp_path, source=three_sites, on_download=wrong_sum)
+    script = Script()
+    consortium = Consortium(tmp_path, source=three_sites, on_download=wrong_sum, on_task=script)
+
+    def until_the_others_have_signed() -> None:
+        while len(consortium.bus.run.replies("fgm_apply")) < 2:
+            time.sleep(0.002)
+
+    script.at("bonn", "fgm_apply", "after", until_the_others_have_signed)
     run = consortium.run(JOB)
     said = nothing_is_published(run, consortium)
     assert said == "site 'bonn': its record of the round differs from that of the others."
