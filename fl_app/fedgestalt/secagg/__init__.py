@@ -47,7 +47,7 @@ from fedgestalt.secagg.messages import (
     Survivors,
     UnmaskShares,
 )
-from fedgestalt.secagg.plan import Aggregate, CountPlan, NumberPlan, TensorPlan
+from fedgestalt.secagg.plan import Aggregate, CountPlan, NumberPlan, TensorPlan, blocks_of
 from fedgestalt.secagg.server import ServerSession
 from fedgestalt.secagg.site import SiteSession
 from fedgestalt.secagg.stream import AES, CHACHA20, Vector, Words
@@ -77,4 +77,5 @@ __all__ = [
     "UnmaskShares",
     "Vector",
     "Words",
+    "blocks_of",
 ]

@@ -266,6 +266,19 @@ class NumberPlan:
             start += count.size
 
 
+def blocks_of(tensors: Tensors, name: str) -> Iterator[tuple[slice, NDArray[np.float32]]]:
+    """Parts of a flattened tensor, with their places in it; of a mean update no more is decoded.
+
+    Args:
+        tensors: by name, or :attr:`Aggregate.mean`.
+        name: of one.
+    """
+    if isinstance(tensors, _Means):
+        yield from tensors.blocks(name)
+    else:
+        yield slice(0, tensors[name].size), tensors[name].reshape(-1)
+
+
 class _Means(Mapping[str, NDArray[np.float32]]):
     """Decodes one tensor at a time, so that the whole model is never there twice."""
 
@@ -281,18 +294,26 @@ class _Means(Mapping[str, NDArray[np.float32]]):
         self._places = {tensor.name: (tensor, place) for tensor, place in plan._places()}
 
     def __getitem__(self, name: str) -> NDArray[np.float32]:
+        tensor, _ = self._places[name]
+        mean = np.empty(tensor.size, np.float32)
+        for place, values in self.blocks(name):
+            mean[place] = values
+        return mean.reshape(tensor.shape)
+
+    def blocks(self, name: str) -> Iterator[tuple[slice, NDArray[np.float32]]]:
+        """Parts of a flattened tensor, with their places in it."""
         tensor, place = self._places[name]
         weights = np.full(1, self._weight, np.float64)
         if tensor.row_weights:
             weights = self._counts[tensor.row_weights].astype(np.float64)
         step = 2.0**tensor.exponent / self._plan.level * self._plan.max_weight
         units = np.divide(step, weights, out=np.zeros_like(weights), where=weights > 0)
-        rows = self._signed[place].reshape(len(units), -1)
-        mean = np.empty(rows.shape, np.float32)
-        for row, unit, out in zip(rows, units, mean, strict=True):
+        first = 0
+        for row, unit in zip(self._signed[place].reshape(len(units), -1), units, strict=True):
             for start in range(0, row.size, _BLOCK):
-                out[start : start + _BLOCK] = row[start : start + _BLOCK] * unit
-        return mean.reshape(tensor.shape)
+                values = (row[start : start + _BLOCK] * unit).astype(np.float32)
+                yield slice(first + start, first + start + values.size), values
+            first += row.size
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedgestalt.learning.ensemble import SharedState, shared_state_digest
+from fedgestalt.secagg import blocks_of
 
 
 class GlobalModel:
@@ -45,7 +46,9 @@ class GlobalModel:
         """Move the model by a mean update, in place; every party gets the same bits."""
         self._digest = b""
         for name, values in self.state.items():
-            values += mean[name]
+            flat = values.reshape(-1)
+            for place, part in blocks_of(mean, name):
+                flat[place] += part
 
     def load(self, flat: NDArray[np.float32]) -> None:
         """Take over the values of another model of the same tensors."""

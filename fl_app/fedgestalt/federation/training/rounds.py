@@ -27,6 +27,7 @@ from fedgestalt.secagg import (
     Recipient,
     TensorPlan,
     ThreatModel,
+    blocks_of,
 )
 
 METRICS = ".metrics/"
@@ -157,15 +158,17 @@ def check_update_norm(
     """
     squares = {"update": 0.0, "model": 0.0}
     for name, values in state.items():
-        change = update[name]
-        if not np.isfinite(change).all():
-            raise SiteError(
-                f"{whose} holds NaN or infinity",
-                where=f"tensor {name}",
-                remedy="lower the learning rate in the job, and check the images of the site",
-            )
-        if not name.endswith(_STATISTICS):
-            squares["update"] += _square(change)
+        counts = not name.endswith(_STATISTICS)
+        for _, change in blocks_of(update, name):
+            if not np.isfinite(change).all():
+                raise SiteError(
+                    f"{whose} holds NaN or infinity",
+                    where=f"tensor {name}",
+                    remedy="lower the learning rate in the job, and check the images of the site",
+                )
+            if counts:
+                squares["update"] += _square(change)
+        if counts:
             squares["model"] += _square(values)
     if squares["update"] > bound**2 * squares["model"]:
         ratio = math.sqrt(squares["update"] / max(squares["model"], 1e-30))
@@ -259,7 +262,8 @@ def next_ranges(ranges: Mapping[str, float], aggregate: Aggregate) -> dict[str, 
     """
     result = {}
     for name, bound in ranges.items():
-        largest = _largest(aggregate.mean[name])
+        parts = (_largest(part) for _, part in blocks_of(aggregate.mean, name))
+        largest = max(parts, default=0.0)
         wanted = max(_MARGIN * largest, bound * 2.0**-10)
         wanted = bound * 4 if aggregate.clipped[name] else wanted
         result[name] = min(_MOST_RANGE, max(_LEAST_RANGE, wanted))
