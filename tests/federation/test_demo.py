@@ -17,7 +17,7 @@ from consortium import tiny_silos
 from fedgestalt.cohort import Cohort, RareSplit, write_cohort
 from fedgestalt.reporting.result import read_result
 
-pytestmark = [pytest.mark.federation, pytest.mark.timeout(280)]
+pytestmark = [pytest.mark.federation, pytest.mark.timeout(600)]
 
 COMMAND = [sys.executable, "-m", "fedgestalt", "demo"]
 
