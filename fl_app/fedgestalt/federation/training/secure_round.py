@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from fedgestalt.errors import FedgestaltError, PeerError, RoundFailedError, ServerError
 from fedgestalt.federation.job.identity import PublicIdentity
+from fedgestalt.federation.job.memory import give_back
 from fedgestalt.federation.job.transfer import UploadDesk
 from fedgestalt.federation.tasks import ANSWERS, KEYS, SHARES, SURVIVORS, UNMASK, VECTOR
 from fedgestalt.federation.training.aggregator import ZeroSumMaskAggregator
@@ -122,6 +123,7 @@ class SecureRounds:
                     given.add(site)
 
             self._ask(UNMASK, endorsements, take, helpers, lambda: len(given) >= facts.threshold)
+            give_back()  # what the uploads went through
             words = self._sum = session.total(threads=self._threads, into=self._sum)
         except ServerError as error:
             raise RoundFailedError(error.what, where=error.where, remedy=error.remedy) from None
