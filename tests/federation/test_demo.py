@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -18,6 +19,15 @@ from fedgestalt.cohort import Cohort, RareSplit, write_cohort
 from fedgestalt.reporting.result import read_result
 
 pytestmark = [pytest.mark.federation, pytest.mark.timeout(600)]
+
+
+@pytest.fixture(autouse=True)
+def _interrupts_arrive() -> Iterator[None]:
+    """A shell lets what it starts in the background ignore them, and so would our children."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
 
 COMMAND = [sys.executable, "-m", "fedgestalt", "demo"]
 
