@@ -112,6 +112,7 @@ class Lived:
     runs: dict[str, Run]
     kernels: dict[str, list[Kernel]]
     subject: str
+    handles: set[str]
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +138,10 @@ def lived(
     step("first", MatchingJob)
     step("again", MatchingJob)
     step("onboard", OnboardingJob, sponsor="leuven", **everybody)
+    images = {i for i, record in cohort.images.items() if record.subject == subject}
+    known = life.matches("bonn", 3)["images"]
+    handles = {entry["handle"] for entry in known if entry["image"] in images}
+    assert len(handles) == len(images)
     with pytest.MonkeyPatch.context() as patch:
 
         def smaller(folder: Path, name: str) -> Cohort:
@@ -147,7 +152,7 @@ def lived(
         step("withdraw", GalleryJob, **everybody)
         step("rotate", GalleryJob, rotate=True, **everybody)
         step("last", MatchingJob, **everybody)
-    return Lived(life, runs, kernels, subject)
+    return Lived(life, runs, kernels, subject, handles)
 
 
 STEPS = ("first", "again", "onboard", "withdraw", "rotate", "last")
@@ -207,15 +212,14 @@ def test_a_withdrawn_patient_leaves_every_place_and_the_hospital_has_a_receipt(
     cohort = life.consortium.silos["bonn"]
     images = sorted(i for i, r in cohort.images.items() if r.subject == lived.subject)
     removed = run.replies("fgm_enrol")["bonn"]["removed"]
-    before = {e["image"]: e["handle"] for e in life.matches("bonn", 3)["images"]}
-    gone = {before[image] for image in images}
+    gone = lived.handles
     assert gone <= {handle.tobytes().hex() for handle in removed}
     assert run.outcome["withdrawn"] == len(removed)
     for site in life.consortium.sites:
         for number in (1, 2, 3):
             path = life.consortium.store(site) / "matches" / f"job-{number}.json"
-            if path.exists() and site != "bonn":
-                assert not any(handle in path.read_text() for handle in gone)
+            if path.exists():
+                assert not any(name in path.read_text() for name in (*gone, *images))
     receipt = json.loads((life.consortium.store("bonn") / "withdrawals" / "job-4.json").read_text())
     assert receipt["images"] == images
     assert receipt["sites"].keys() == set(life.consortium.sites)
@@ -229,15 +233,12 @@ def test_a_withdrawn_patient_leaves_every_place_and_the_hospital_has_a_receipt(
 
 def test_somebody_had_the_withdrawn_patient_among_its_neighbours(lived: Lived) -> None:
     """Otherwise the test above would look for nothing."""
-    cohort = lived.life.consortium.silos["bonn"]
-    images = {i for i, r in cohort.images.items() if r.subject == lived.subject}
-    handles = {e["handle"] for e in lived.life.matches("bonn", 3)["images"] if e["image"] in images}
     released = [
         {handle.tobytes().hex() for handle in fields["handles"]}
         for site in ("berlin", "leuven")
         for fields in lived.runs["first"].orders("fgm_rank", site)
     ]
-    assert any(handles & some for some in released)
+    assert any(lived.handles & some for some in released)
 
 
 def test_a_rotation_leaves_nothing_of_the_old_kernel(lived: Lived) -> None:
@@ -286,7 +287,6 @@ def swapped(columns: np.ndarray) -> np.ndarray:
     [
         ("fgm_rank", "scores", lambda s: (s * 0.9).astype(np.float32), "made up"),
         ("fgm_rank", "columns", swapped, "rows were swapped"),
-        ("fgm_rank", "consents", lambda c: {}, ""),
         ("fgm_enrol", "kernel", lambda k: "0" * 32, "names a kernel that this site does not hold"),
         ("fgm_consider", "queries", lambda q: {}, "this site's queries came back altered"),
         (
@@ -303,8 +303,38 @@ def test_a_server_that_lies_is_caught(
 ) -> None:
     life.consortium.on_download = tampered("bonn", task, key, change)
     run = life.run(MatchingJob)
-    assert run.outcome["status"] == ("failed" if says else "completed"), run.outcome
-    assert says in run.outcome.get("reason", "")
+    assert run.outcome["status"] == "failed", run.outcome
+    assert says in run.outcome["reason"]
+
+
+@pytest.mark.parametrize(
+    ("key", "change", "says"),
+    [
+        ("withdrawn", lambda rows: rows[:0], "were not told of all rows that this site has"),
+        ("consents", lambda c: {**c, "berlin": c["bonn"]}, "its signature does not fit"),
+        ("certificates", lambda c: {}, "no certificate came for"),
+    ],
+)
+def test_a_receipt_that_proves_nothing_is_refused(
+    life: Life, monkeypatch: pytest.MonkeyPatch, key: str, change: Any, says: str
+) -> None:
+    assert life.run(MatchingJob).outcome["status"] == "completed"
+    cohort = life.consortium.silos["bonn"]
+    subject = cohort.images[cohort.train[0]].subject
+    monkeypatch.setattr(
+        executor_module,
+        "read_cohort",
+        lambda folder, name: (
+            without(read_cohort(folder, name=name), subject)
+            if name == "bonn"
+            else read_cohort(folder, name=name)
+        ),
+    )
+    life.consortium.on_download = tampered("bonn", "fgm_rank", key, change)
+    run = life.run(GalleryJob)
+    assert run.outcome["status"] == "failed"
+    assert says in run.outcome["reason"]
+    assert not (life.consortium.store("bonn") / "withdrawals").exists()
 
 
 def test_a_server_that_goes_back_to_an_older_kernel_is_refused(life: Life) -> None:

@@ -114,7 +114,7 @@ class FlakeMatcher(SiteExecutor):
         self._enrolled = Enrolled()
         self._own: dict[str, int] = {}
         self._queries: Handles = np.empty((0, HANDLE_BYTES), np.uint8)
-        self._withdrawn: list[str] = []
+        self._withdrawn: dict[str, str] = {}
         self._announced: dict[str, int] = {}
         self._shares: SharingSite | None = None
 
@@ -298,8 +298,8 @@ class FlakeMatcher(SiteExecutor):
         known = {handle.tobytes().hex() for handle in message.handles}
         kept = self._enrolled.keep(known, wanted)
         removed = sorted(known - kept.images.keys() - kept.planted.keys())
-        gone = {self._enrolled.images.get(handle, ("", ""))[0] for handle in removed}
-        self._withdrawn = sorted(gone - {""})
+        images = self._enrolled.images
+        self._withdrawn = {h: images[h][0] for h in removed if h in images}
         own = {image: handle for handle, (image, _) in kept.images.items()}
         added = [image for image in place_of if image not in own]
         own |= {image: new_handle().hex() for image in added}
@@ -515,6 +515,13 @@ class FlakeMatcher(SiteExecutor):
                 )
 
     def _check_receipt(self, released: ReleasedRows, kernel: Kernel) -> None:
+        listed = {handle.tobytes().hex() for handle in released.withdrawn}
+        if not self._withdrawn.keys() <= listed:
+            raise ServerError(
+                "the others were not told of all rows that this site has withdrawn",
+                where=self.site,
+                remedy="tell the consortium's lead; the rows may still be in others' results",
+            )
         peers = self._peers(released.certificates)
         digest = handles_digest(released.withdrawn)
         for site, signature in released.consents.items():
@@ -527,7 +534,7 @@ class FlakeMatcher(SiteExecutor):
             self.job,
             kernel.id,
             released.withdrawn,
-            sorted({image for image in self._withdrawn if image}),
+            sorted(set(self._withdrawn.values())),
             released.consents,
             released.certificates,
         )

@@ -159,21 +159,23 @@ def _ranked(
     }
 
 
-def forget(store: Path, withdrawn: Handles) -> int:
-    """Remove neighbours that are withdrawn from all stored results; returns how many there were."""
-    gone, count = {handle.tobytes().hex() for handle in withdrawn}, 0
-    if not gone:
-        return 0
-    for path in sorted((store / MATCHES_FOLDER).glob("*.json")):
+def forget(store: Path, withdrawn: Handles) -> None:
+    """Remove what is withdrawn from all stored results: as a neighbour, and as an own image.
+
+    Queries keep their places, which the tables name.
+    """
+    gone = {handle.tobytes().hex() for handle in withdrawn}
+    for path in sorted((store / MATCHES_FOLDER).glob("*.json")) if gone else ():
         content = json.loads(path.read_text(encoding="utf-8"))
-        before = count
+        before = json.dumps(content)
+        own = {entry["image"] for entry in content["images"] if entry["handle"] in gone}
+        content["images"] = [e for e in content["images"] if e["handle"] not in gone]
         for query in content["queries"]:
-            left = [n for n in query["neighbours"] if n["handle"] not in gone]
-            count += len(query["neighbours"]) - len(left)
-            query["neighbours"] = left
-        if count > before:
+            if query["image"] in own:
+                query |= {"image": "", "ranked": [], "neighbours": []}
+            query["neighbours"] = [n for n in query["neighbours"] if n["handle"] not in gone]
+        if json.dumps(content) != before:
             write_privately(path, json.dumps(content).encode())
-    return count
 
 
 class QueryLedger:
@@ -188,7 +190,7 @@ class QueryLedger:
             return 0
         lines = map(json.loads, self._path.read_text(encoding="utf-8").splitlines())
         mine = {
-            (line["job"]): int(line["count"])
+            line["job"]: int(line["count"])
             for line in lines
             if line["day"] == _today() and line["site"] == site and line["job"] != job
         }
@@ -211,7 +213,9 @@ def write_receipt(
     consents: Mapping[str, bytes],
     certificates: Mapping[str, bytes],
 ) -> None:
-    """Store what proves that a withdrawal reached everybody.
+    """Store who has signed that it keeps nothing of what is withdrawn.
+
+    That the server has removed the rows is its word alone.
 
     Args:
         store: the site's folder.
@@ -228,7 +232,6 @@ def write_receipt(
         "day": _today(),
         "images": list(images),
         "handles": [handle.tobytes().hex() for handle in handles],
-        "server": "the rows were removed from every gallery",
         "sites": {
             site: {"signature": signature.hex(), "certificate": certificates[site].decode()}
             for site, signature in sorted(consents.items())
