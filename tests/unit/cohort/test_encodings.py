@@ -108,7 +108,7 @@ def test_a_damaged_csv_is_refused_by_row(
     with pytest.raises(DataError, match=re.escape(f"{says}")) as caught:
         read_encodings(gmdb_csv(tmp_path / "all.csv", *rows))
     assert "all.csv" in str(caught.value)
-    assert "17" not in str(caught.value)
+    assert "17" not in str(caught.value).replace(str(tmp_path), "")
 
 
 @pytest.mark.parametrize(
