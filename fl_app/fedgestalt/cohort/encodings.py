@@ -38,6 +38,7 @@ _SUFFIXES: Final = (".jpg", ".jpeg", ".png")
 _ENDINGS: Final = ("_rot_aligned", "_aligned")
 _YES_NO: Final = {"0": False, "1": True, "false": False, "true": True}
 _LENGTH_TOLERANCE: Final = 1e-3
+_ROWS_AT_A_TIME: Final = 1024
 
 
 @dataclass(frozen=True)
@@ -182,7 +183,10 @@ def _check_vectors(image_ids: Sequence[str], vectors: NDArray[Any], where: str) 
         raise DataError(
             f"{twice} image ids come more than once", where=where, remedy="keep one of each"
         )
-    lengths = np.linalg.norm(vectors, axis=1)
+    parts = range(0, len(vectors), _ROWS_AT_A_TIME)  # a file of encodings may be larger than memory
+    lengths = np.concatenate(
+        [np.linalg.norm(vectors[start : start + _ROWS_AT_A_TIME], axis=1) for start in parts]
+    )
     for wrong, what in (
         (~np.isfinite(lengths), "are not finite"),
         (np.abs(lengths - 1) > _LENGTH_TOLERANCE, "are not of length 1"),
@@ -280,9 +284,10 @@ def _unit_vector(cell: str) -> NDArray[np.float32]:
 
 def _csv_rows(table: EncodingTable) -> Iterator[tuple[object, ...]]:
     ends = np.cumsum([part.size for part in table.parts])[:-1]
-    scaled = table.vectors.astype(np.float64) * math.sqrt(len(table.parts))
-    for image_id, row in zip(table.image_ids, scaled, strict=True):
-        for part, vector in zip(table.parts, np.split(row, ends), strict=True):
+    scale = math.sqrt(len(table.parts))
+    for image_id, row in zip(table.image_ids, table.vectors, strict=True):
+        scaled = row.astype(np.float64) * scale
+        for part, vector in zip(table.parts, np.split(scaled, ends), strict=True):
             values = json.dumps(np.round(vector, 9).tolist())
             name = f"{image_id}_rot_aligned.jpg"
             yield name, part.model, int(part.flip), int(part.gray), "[]", values

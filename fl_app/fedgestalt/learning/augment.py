@@ -58,11 +58,20 @@ def _jitter(image: Pixels, rng: np.random.Generator) -> Pixels:
     return coloured
 
 
-def draw_variants(faces: NDArray[np.uint8], count: int, seed: Sequence[int]) -> NDArray[np.uint8]:
-    """``count`` variants of each face, (n, count, 112, 112, 3); the first is the face itself."""
+def draw_variants(
+    faces: NDArray[np.uint8], count: int, seed: Sequence[int], first: int = 0
+) -> NDArray[np.uint8]:
+    """``count`` variants of each face, (n, count, 112, 112, 3); the first is the face itself.
+
+    Args:
+        faces: (n, 112, 112, 3), all of a set or a block of it.
+        count: variants of each.
+        seed: of the draws.
+        first: place of the first face in the set; a block is drawn as in the whole.
+    """
     result = np.empty((len(faces), count, *faces.shape[1:]), np.uint8)
     for index, face in enumerate(faces):
-        rng = np.random.default_rng([*seed, index])
+        rng = np.random.default_rng([*seed, first + index])
         result[index, 0] = face
         for variant in range(1, count):
             result[index, variant] = training_variant(face, rng)

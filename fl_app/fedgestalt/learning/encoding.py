@@ -15,15 +15,19 @@ import torch
 from numpy.typing import NDArray
 
 from fedgestalt.contracts import Progress
-from fedgestalt.learning.augment import TEST_VARIANTS, test_variants
+from fedgestalt.learning.augment import TEST_VARIANTS
+from fedgestalt.learning.blocks import ahead, block_ranges, encoding_pictures
+from fedgestalt.learning.device import trunk_dtype
 from fedgestalt.learning.ensemble import Ensemble, Member
 from fedgestalt.learning.features import no_progress, trunk_features
-from fedgestalt.learning.images import Faces
+from fedgestalt.learning.images import FaceSource
+from fedgestalt.learning.trunk import FastTrunk
 
 Encodings = NDArray[np.float32]
 """(n, encoding size), rows of length 1."""
 
-_IMAGES_AT_A_TIME = 256
+ENCODED_AT_A_TIME = 16
+"""Images; progress is told after each such block."""
 
 
 def layout_of(ensemble: Ensemble) -> str:
@@ -31,67 +35,121 @@ def layout_of(ensemble: Ensemble) -> str:
     return "-".join(f"{len(TEST_VARIANTS)}x{m.embedding_size}" for m in ensemble.members)
 
 
+class Encoder:
+    """Encodes faces block by block; the ensemble's weights are those of when it was made.
+
+    Args:
+        ensemble: its current weights count.
+        device: to compute on.
+        without: members whose features are given with every block.
+    """
+
+    def __init__(
+        self, ensemble: Ensemble, device: torch.device, without: Mapping[str, object] | None = None
+    ) -> None:
+        self.ensemble, self.device = ensemble, device
+        self._trunk_of = {m.spec.name: trunk_key(m) for m in ensemble.members}
+        dtype, known = trunk_dtype(device), without or {}
+        self._trunks: dict[str, FastTrunk] = {}
+        for member in ensemble.members:
+            key = trunk_key(member)
+            if member.spec.name not in known and key not in self._trunks:
+                self._trunks[key] = FastTrunk(member.trunk, member.input, device, dtype)
+            member.neck.to(device).eval()
+
+    @property
+    def needs_pictures(self) -> bool:
+        """Whether there is a trunk to run."""
+        return bool(self._trunks)
+
+    def encode(
+        self, pictures: NDArray[np.uint8], features: Mapping[str, torch.Tensor] | None = None
+    ) -> Encodings:
+        """Encodings of the test-time variants of some images.
+
+        Args:
+            pictures: (n, variants, 112, 112, 3).
+            features: (n, variants, *feature_shape) of members whose trunks are not run.
+        """
+        made = (
+            {key: trunk(pictures) for key, trunk in self._trunks.items()} if len(pictures) else {}
+        )
+        given = features or {}
+        parts = []
+        for member in self.ensemble.members:
+            name = member.spec.name
+            found = given[name] if name in given else made[self._trunk_of[name]]
+            parts.append(_neck(member, found, self.device).flatten(1))
+        scale = (len(parts) * len(TEST_VARIANTS)) ** -0.5
+        result: Encodings = (torch.cat(parts, dim=1) * scale).numpy()
+        return result
+
+
+def trunk_key(member: Member) -> str:
+    """Equal for members that share a trunk."""
+    return member.trunk_digest if member.trunk_is_frozen else member.spec.name
+
+
 def encode(
     ensemble: Ensemble,
-    faces: Faces,
+    faces: FaceSource,
     device: torch.device,
     cache: Path | None = None,
     progress: Progress = no_progress,
 ) -> Encodings:
-    """Encode aligned faces.
+    """Encode aligned faces; images that lie on disk are loaded in blocks.
 
     Args:
         ensemble: its current weights count.
-        faces: (n, 112, 112, 3).
+        faces: n of them.
         device: to compute on.
         cache: folder for the features of frozen trunks; None computes them in passing.
         progress: called with (images done, images), counting each trunk.
+
+    Raises:
+        DataError: an image cannot be read, or changed in the meantime.
+        SiteError: the cache cannot be written.
     """
+    result = np.empty((len(faces), ensemble.encoding_size), np.float32)
     if not len(faces):
-        return np.empty((0, ensemble.encoding_size), np.float32)
+        return result
+    pictures = encoding_pictures(faces)
     by_trunk: dict[str, list[Member]] = {}
     for member in ensemble.members:
-        key = member.trunk_digest if member.trunk_is_frozen else member.spec.name
-        by_trunk.setdefault(key, []).append(member)
-    vectors: dict[str, torch.Tensor] = {}
+        by_trunk.setdefault(trunk_key(member), []).append(member)
     total, done = len(faces) * len(by_trunk), 0
+    known: dict[str, torch.Tensor] = {}
     for sharing in by_trunk.values():
-        keep = cache if cache is not None and sharing[0].trunk_is_frozen else None
-        step = len(faces) if keep else _IMAGES_AT_A_TIME
-        parts: dict[str, list[torch.Tensor]] = {m.spec.name: [] for m in sharing}
-        for start in range(0, len(faces), step):
-            chunk = faces[start : start + step]
-            variants = np.stack([np.stack(test_variants(face)) for face in chunk])
+        if cache is not None and sharing[0].trunk_is_frozen:
 
-            def count(chunk_done: int, _: int, before: int = done + start) -> None:
-                progress(before + chunk_done, total)
+            def count(images: int, _: int, before: int = done) -> None:
+                progress(before + images, total)
 
-            features = trunk_features(sharing[0], variants, device, keep, count)
-            for member in sharing:
-                parts[member.spec.name].append(_necks(member, features, device))
-        done += len(faces)
-        progress(done, total)
-        vectors |= {name: torch.cat(tensors) for name, tensors in parts.items()}
-    return _concatenate({m.spec.name: vectors[m.spec.name] for m in ensemble.members})
+            features = trunk_features(sharing[0], pictures, device, cache, count)
+            known |= dict.fromkeys((m.spec.name for m in sharing), features)
+            done += len(faces)
+    encoder = Encoder(ensemble, device, known)
+    left = len(by_trunk) - done // len(faces)
+
+    def make(start: int, stop: int) -> NDArray[np.uint8]:
+        return pictures.make(start, stop) if encoder.needs_pictures else _NO_PICTURES
+
+    for start, stop, block in ahead(make, block_ranges(len(faces), ENCODED_AT_A_TIME)):
+        given = {name: features[start:stop] for name, features in known.items()}
+        result[start:stop] = encoder.encode(block, given)
+        progress(done + stop * left, total)
+    return result
 
 
-def _necks(member: Member, features: torch.Tensor, device: torch.device) -> torch.Tensor:
+_NO_PICTURES = np.empty((0, len(TEST_VARIANTS), 1, 1, 3), np.uint8)
+
+
+def _neck(member: Member, features: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Normalised vectors (n, variants, embedding) of one member."""
-    neck = member.neck.to(device).eval()
-    result = torch.empty((*features.shape[:2], member.embedding_size))
     with torch.inference_mode():
-        for start in range(0, len(features), _IMAGES_AT_A_TIME):
-            part = features[start : start + _IMAGES_AT_A_TIME].to(device).float()
-            vectors = neck(part.flatten(0, 1)).view(*part.shape[:2], -1)
-            result[start : start + len(part)] = torch.nn.functional.normalize(vectors, dim=2).cpu()
-    return result
-
-
-def _concatenate(vectors: Mapping[str, torch.Tensor]) -> Encodings:
-    joined = torch.cat([tensor.flatten(1) for tensor in vectors.values()], dim=1)
-    scale = (len(vectors) * len(TEST_VARIANTS)) ** -0.5
-    result: Encodings = (joined * scale).numpy()
-    return result
+        flat = features.to(device).float().flatten(0, 1)
+        vectors = member.neck(flat).view(*features.shape[:2], -1)
+        return torch.nn.functional.normalize(vectors, dim=2).cpu()
 
 
 def untouched_part(ensemble: Ensemble, encodings: Encodings) -> Encodings | None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol
 
 import cv2
 import numpy as np
@@ -15,6 +17,31 @@ from fedgestalt.errors import DataError
 
 Faces = NDArray[np.uint8]
 """Aligned RGB faces, (n, 112, 112, 3)."""
+
+
+class FaceSource(Protocol):
+    """Faces that can be had in blocks: an array, or :class:`FaceFiles`."""
+
+    def __len__(self) -> int:
+        """How many there are."""
+
+    def __getitem__(self, rows: slice, /) -> Faces:
+        """Some of them."""
+
+
+@dataclass(frozen=True)
+class FaceFiles:
+    """Aligned faces that stay on disk until they are wanted."""
+
+    records: tuple[ImageRecord, ...]
+
+    def __len__(self) -> int:
+        """How many there are."""
+        return len(self.records)
+
+    def __getitem__(self, rows: slice, /) -> Faces:
+        """Load some of them; see :func:`load_faces`."""
+        return load_faces(self.records[rows])
 
 
 def load_faces(records: Iterable[ImageRecord]) -> Faces:

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from fedgestalt.errors import SiteError
-from fedgestalt.learning.augment import draw_variants, training_variant
+from fedgestalt.learning.augment import training_variant
+from fedgestalt.learning.blocks import training_pictures
 from fedgestalt.learning.device import trunk_dtype
 from fedgestalt.learning.ensemble import (
     Ensemble,
@@ -242,9 +243,9 @@ class LocalTrainer:
         name = member.spec.name
         if name not in self.features:
             count = member.spec.training.variants
-            variants = draw_variants(self.data.faces, count, (self.seed, index))
+            pictures = training_pictures(self.data.faces, count, (self.seed, index))
             self.features[name] = trunk_features(
-                member, variants, self.device, self.cache, lambda d, t: progress(name, d, t)
+                member, pictures, self.device, self.cache, lambda d, t: progress(name, d, t)
             )
         return self.features[name]
 

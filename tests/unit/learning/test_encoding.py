@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from fedgestalt.hooks import get_registry
-from fedgestalt.learning import augment, encoding, features
+from fedgestalt.learning import augment, encoding, trunk
 from fedgestalt.learning.encoding import encode, untouched_part
 from fedgestalt.learning.ensemble import (
     Ensemble,
@@ -23,6 +23,7 @@ from fedgestalt.learning.ensemble import (
 )
 from fedgestalt.learning.features import trunk_features
 from fedgestalt.learning.spec import EnsembleSpec, MemberSpec
+from fedgestalt.learning.trunk import FastTrunk
 
 TINY = {"depth": 18, "width": 4, "embedding_size": 8, "input_size": 32}
 CPU = torch.device("cpu")
@@ -117,8 +118,8 @@ def test_encodings_do_not_depend_on_the_size_of_batches(
     encodings: NDArray[np.float32],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(encoding, "_IMAGES_AT_A_TIME", 2)
-    monkeypatch.setattr(features, "_BATCH", 3)
+    monkeypatch.setattr(encoding, "ENCODED_AT_A_TIME", 2)
+    monkeypatch.setattr(trunk, "BATCH", 3)
     again = encode(ensemble, faces, CPU)
     assert ((again * encodings).sum(1) > 0.999).all()
 
@@ -185,14 +186,15 @@ def test_a_trunk_that_members_share_runs_once(
     arguments = (one.neck, one.head, one.input, one.feature_shape, one.embedding_size)
     both = dataclasses.replace(ensemble, members=(one, Member(other_spec, one.trunk, *arguments)))
     runs = []
+    run = FastTrunk.in_batches
 
-    def count(member: Member, *arguments: Any) -> torch.Tensor:
-        runs.append(member.spec.name)
-        return trunk_features(member, *arguments)
+    def count(self: FastTrunk, pictures: NDArray[np.uint8]) -> Any:
+        runs.append(len(pictures))
+        return run(self, pictures)
 
-    monkeypatch.setattr(encoding, "trunk_features", count)
+    monkeypatch.setattr(FastTrunk, "in_batches", count)
     rows = encode(both, faces, CPU)
-    assert runs == ["one"]
+    assert runs == [5]
     np.testing.assert_allclose(rows[:, :32], rows[:, 32:])
 
 

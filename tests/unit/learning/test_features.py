@@ -13,9 +13,11 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from fedgestalt.errors import SiteError
+from fedgestalt.errors import DataError, SiteError
 from fedgestalt.hooks import get_registry
+from fedgestalt.learning import blocks, trunk
 from fedgestalt.learning import features as features_module
+from fedgestalt.learning.blocks import Pictures
 from fedgestalt.learning.ensemble import Member, build_ensemble
 from fedgestalt.learning.features import trunk_features
 from fedgestalt.learning.spec import EnsembleSpec, MemberSpec
@@ -90,7 +92,7 @@ def test_the_size_of_batches_does_not_matter(
     member: Member, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     together = trunk_features(member, noise(), CPU).float()
-    monkeypatch.setattr(features_module, "_BATCH", 4)
+    monkeypatch.setattr(trunk, "BATCH", 4)
     torch.testing.assert_close(
         trunk_features(member, noise(), CPU).float(), together, rtol=0.05, atol=0.05
     )
@@ -210,3 +212,67 @@ def test_progress_counts_images_up_to_all(member: Member, tmp_path: Path, cached
     trunk_features(member, noise(), CPU, cache, lambda done, total: told.append((done, total)))
     assert told[-1] == (3, 3)
     assert told == sorted(told)
+
+
+# --- in blocks -----------------------------------------------------------------------------------
+
+
+def in_blocks(variants: NDArray[np.uint8]) -> Pictures:
+    return Pictures(*variants.shape[:2], lambda start, stop: variants[start:stop].copy())
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks.block_ranges, "__defaults__", (2,))
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_blocks_give_the_features_of_the_whole(
+    member: Member, tmp_path: Path, small_blocks: None, cached: bool
+) -> None:
+    found = trunk_features(member, in_blocks(noise(5)), CPU, tmp_path if cached else None)
+    for image in range(5):
+        alone = trunk_features(member, noise(5)[image : image + 1], CPU)[0]
+        torch.testing.assert_close(found[image].float(), alone.float(), rtol=0.05, atol=0.05)
+
+
+def test_an_image_that_changes_in_between_is_an_error_and_leaves_no_file(
+    member: Member, tmp_path: Path, small_blocks: None
+) -> None:
+    variants, calls = noise(5), []
+
+    def make(start: int, stop: int) -> NDArray[np.uint8]:
+        calls.append(start)
+        if len(calls) == 6:  # the last block, when it is computed on
+            variants[4, 0, 0, 0, 0] ^= 1
+        return variants[start:stop].copy()
+
+    with pytest.raises(DataError, match=r"an image changed .* run it again"):
+        trunk_features(member, Pictures(5, 2, make), CPU, tmp_path)
+    assert len(calls) == 6
+    assert files(tmp_path) == set()
+
+
+def test_an_image_that_vanishes_in_between_is_an_error_and_leaves_no_file(
+    member: Member, tmp_path: Path, small_blocks: None
+) -> None:
+    calls = []
+
+    def make(start: int, stop: int) -> NDArray[np.uint8]:
+        calls.append(start)
+        if len(calls) == 6:
+            raise DataError("the image file cannot be read")
+        return noise(5)[start:stop]
+
+    with pytest.raises(DataError, match="cannot be read"):
+        trunk_features(member, Pictures(5, 2, make), CPU, tmp_path)
+    assert files(tmp_path) == set()
+
+
+def test_another_way_of_computing_meets_another_file(
+    member: Member, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trunk_features(member, noise(), CPU, tmp_path)
+    monkeypatch.setattr(features_module, "_FORMAT", -1)
+    trunk_features(member, noise(), CPU, tmp_path)
+    assert len(files(tmp_path)) == 2

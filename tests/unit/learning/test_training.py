@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from fedgestalt.errors import SiteError
 from fedgestalt.hooks import get_registry
 from fedgestalt.learning import training as training_module
+from fedgestalt.learning.blocks import Pictures, given_pictures
 from fedgestalt.learning.ensemble import (
     Ensemble,
     SharedState,
@@ -444,7 +445,8 @@ def test_features_of_held_out_images_are_computed_once_and_kept(
     trunk_features = training_module.trunk_features
 
     def counting(member: Any, variants: Any, *arguments: Any) -> torch.Tensor:
-        computed.append(variants.shape[:2])
+        images = variants if isinstance(variants, Pictures) else given_pictures(variants)
+        computed.append((images.images, images.variants))
         return trunk_features(member, variants, *arguments)
 
     monkeypatch.setattr(training_module, "trunk_features", counting)

@@ -65,7 +65,7 @@ from fedgestalt.hooks import get_registry
 from fedgestalt.learning.device import choose_device
 from fedgestalt.learning.encoding import Encodings, encode, layout_of
 from fedgestalt.learning.ensemble import Ensemble
-from fedgestalt.learning.images import load_faces
+from fedgestalt.learning.images import FaceFiles
 from fedgestalt.learning.store import ensemble_from_words, ensemble_to_words, load_ensemble
 from fedgestalt.messages import from_server
 from fedgestalt.similarity.kernel import (
@@ -356,7 +356,7 @@ class FlakeMatcher(SiteExecutor):
     def _encode(self, images: Iterable[str]) -> Encodings:
         return encode(
             self._load(),
-            load_faces(self.cohort.records(images)),
+            FaceFiles(tuple(self.cohort.records(images))),
             choose_device(self.settings.device),
             self.store / "cache",
             self.counter("encoding"),
