@@ -257,6 +257,127 @@ def evaluate(
         show(document, Console(highlight=False))
 
 
+@main.command()
+@click.option(
+    "--model",
+    type=click.Path(path_type=Path),
+    required=True,
+    metavar="BUNDLE",
+    help="A published model: folder or zip.",
+)
+@click.option(
+    "--images",
+    type=click.Path(path_type=Path),
+    required=True,
+    metavar="PATH",
+    help="A photograph, a folder of photographs, or a folder in GMDB layout.",
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    required=True,
+    metavar="FILE",
+    help="New file of encodings: .npz, or .csv as GestaltMatcher's tools read it.",
+)
+@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
+@click.option(
+    "--preprocessor",
+    default="yunet-arcface",
+    show_default=True,
+    metavar="NAME",
+    help="Finds and aligns faces; photographs of 112 x 112 pixels count as aligned.",
+)
+@_json_option
+def encode(
+    model: Path, images: Path, out: Path, device: str, preprocessor: str, as_json: bool
+) -> None:
+    """Encode photographs with a published model, offline.
+
+    Photographs without a usable face are named and left out; the exit code is 1 then. Several
+    processes share the work: torchrun --standalone --nproc-per-node N -m fedgestalt encode ...
+    """
+    from fedgestalt.console import Steps
+    from fedgestalt.encode import Request, encode_photographs
+    from fedgestalt.hooks import get_registry
+    from fedgestalt.learning.crew import join_crew
+
+    request = Request(model, images, out, device, preprocessor)
+    with join_crew() as crew:
+        document = encode_photographs(request, get_registry(), Steps(), crew)
+    if not crew.leads:
+        return
+    if as_json:
+        _as_json(document)
+    else:
+        click.echo(
+            f"{out}: {document['encoded']} photographs encoded, {document['failed']} failed;"
+            f" encodings identify people: keep them like the photographs. {RESEARCH_USE_ONLY}"
+        )
+    if document["failed"]:
+        sys.exit(WORK_FAILED)
+
+
+@main.group()
+def bundle() -> None:
+    """Publish a trained model as a MONAI Bundle."""
+
+
+@bundle.command("export")
+@click.argument("ensemble", type=click.Path(path_type=Path))
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    required=True,
+    metavar="BUNDLE",
+    help="New folder, or new file that ends in .zip.",
+)
+@click.option(
+    "--result",
+    type=click.Path(path_type=Path, exists=True),
+    metavar="DIR",
+    help="Downloaded result of the training job, for rounds, sites and aggregation on the card.",
+)
+@click.option(
+    "--cohort",
+    "folder",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    metavar="DIR",
+    help="Your own cohort: its version, digest and counts then stand on the card.",
+)
+@click.option(
+    "--licence",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    metavar="FILE",
+    help="Licence of what was trained; the bundle says that none is stated otherwise.",
+)
+@click.option(
+    "--frozen/--no-frozen",
+    default=True,
+    show_default=True,
+    help="Take along what training did not change, where its licence allows to pass it on.",
+)
+@_json_option
+def bundle_export(
+    ensemble: Path,
+    out: Path,
+    result: Path | None,
+    folder: Path | None,
+    licence: Path | None,
+    frozen: bool,
+    as_json: bool,
+) -> None:
+    """Publish ENSEMBLE, a folder named by its digest in a site's store or a job's result."""
+    from fedgestalt.publish import Request, publish
+
+    document = publish(Request(ensemble, out, result, folder, licence, frozen))
+    if as_json:
+        _as_json(document)
+        return
+    for member, why in document["left_out"].items():
+        click.echo(f"left out: frozen parts of {member}, because {why}")
+    click.echo(f"{out}: model {document['model']}. {RESEARCH_USE_ONLY}")
+
+
 def _refuse_existing(out: Path) -> None:
     if out.exists():
         raise ConfigError("exists already", where=str(out), remedy="name a new folder")

@@ -25,7 +25,7 @@ FLOORS = (
     {"learning", "secagg", "similarity"},
     {"jobs", "reporting"},
     {"federation"},
-    {"demo", "doctor", "evaluate", "service"},
+    {"demo", "doctor", "encode", "evaluate", "publish", "service"},
     {"cli"},
     {"__main__"},
 )

@@ -250,15 +250,21 @@ def _csv_cells(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
             raise _fault(path, lines.line_num, what, "write the encodings again") from None
 
 
-def _image_id(name: str) -> str:
-    """``17`` for ``17_rot_aligned.jpg``."""
+def plain_image_id(file_name: str) -> str | None:
+    """``17`` for ``17_rot_aligned.jpg``; None if what is left is no plain name."""
     for suffix in _SUFFIXES:
-        name = name.removesuffix(suffix)
+        if file_name.lower().endswith(suffix):
+            file_name = file_name[: -len(suffix)]
     for ending in _ENDINGS:
-        name = name.removesuffix(ending)
-    if not is_plain_name(name):
+        file_name = file_name.removesuffix(ending)
+    return file_name if is_plain_name(file_name) else None
+
+
+def _image_id(name: str) -> str:
+    image_id = plain_image_id(name)
+    if image_id is None:
         raise ValueError("img_name is no plain file name")
-    return name
+    return image_id
 
 
 def _yes_no(cell: str) -> bool:

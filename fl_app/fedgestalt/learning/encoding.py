@@ -19,7 +19,7 @@ from fedgestalt.learning.augment import TEST_VARIANTS
 from fedgestalt.learning.blocks import ahead, block_ranges, encoding_pictures
 from fedgestalt.learning.device import trunk_dtype
 from fedgestalt.learning.ensemble import Ensemble, Member
-from fedgestalt.learning.features import no_progress, trunk_features
+from fedgestalt.learning.features import give_pages_back, no_progress, trunk_features
 from fedgestalt.learning.images import FaceSource
 from fedgestalt.learning.trunk import FastTrunk
 
@@ -137,6 +137,8 @@ def encode(
     for start, stop, block in ahead(make, block_ranges(len(faces), ENCODED_AT_A_TIME)):
         given = {name: features[start:stop] for name, features in known.items()}
         result[start:stop] = encoder.encode(block, given)
+        for features in known.values():
+            give_pages_back(features)
         progress(done + stop * left, total)
     return result
 

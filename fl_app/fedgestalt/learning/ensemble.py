@@ -9,7 +9,7 @@ travels: it would tell how many images a site has.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,8 +49,35 @@ class Member(nn.Module):
         self.trunk, self.neck, self.head = trunk, neck, head
         for part in self.trained_parts.values():
             part.requires_grad_(True)
-        facts = f"{input_spec}|{feature_shape}|{state_digest(trunk)}"
-        self.trunk_digest = hashlib.sha256(facts.encode()).hexdigest()
+        self.trunk_digest = self._digest_of_trunk()
+
+    def _digest_of_trunk(self) -> str:
+        facts = f"{self.input}|{self.feature_shape}|{state_digest(self.trunk)}"
+        return hashlib.sha256(facts.encode()).hexdigest()
+
+    def frozen_state(self) -> dict[str, NDArray[np.float32]]:
+        """What training does not change and an encoding needs, by name in the member."""
+        return {
+            name: tensor.detach().float().cpu().numpy()
+            for name, tensor in self.state_dict().items()
+            if name.partition(".")[0] not in {"head", *self.trained_parts}
+            and not name.endswith("num_batches_tracked")
+        }
+
+    def load_frozen_state(self, state: Mapping[str, NDArray[np.float32]]) -> None:
+        """Copy what :meth:`frozen_state` returned into the modules.
+
+        Raises:
+            ConfigError: names or shapes differ; the modules are unchanged then.
+        """
+        current = self.frozen_state()
+        if {n: v.shape for n, v in current.items()} != {n: v.shape for n, v in state.items()}:
+            raise ConfigError(
+                f"the frozen tensors of member {self.spec.name!r} do not fit its backbone",
+                remedy="install the version of the backbone's plugin that it was trained with",
+            )
+        self.load_state_dict({n: torch.from_numpy(v) for n, v in state.items()}, strict=False)
+        self.trunk_digest = self._digest_of_trunk()
 
     @property
     def trained_parts(self) -> dict[str, nn.Module]:
@@ -124,8 +151,15 @@ class Outline:
 
     def digest(self, state: Mapping[str, NDArray[np.float32]]) -> str:
         """SHA-256 over the frozen parts and a shared state, hexadecimal."""
-        parts = "|".join([self.spec.digest, *self.frozen, shared_state_digest(state).hex()])
-        return hashlib.sha256(parts.encode()).hexdigest()
+        return model_digest(self.spec.digest, self.frozen, state)
+
+
+def model_digest(
+    spec_digest: str, frozen: Sequence[str], state: Mapping[str, NDArray[np.float32]]
+) -> str:
+    """Digest of a model from those of its parts; see :class:`Outline`."""
+    parts = "|".join([spec_digest, *frozen, shared_state_digest(state).hex()])
+    return hashlib.sha256(parts.encode()).hexdigest()
 
 
 def build_ensemble(spec: EnsembleSpec, classes: int, registry: Registry) -> Ensemble:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import mmap
 import os
 import tempfile
 from collections.abc import Sequence
@@ -131,8 +132,23 @@ def reserve_file(folder: Path, size: int, what: str = "the feature cache") -> Pa
 
 
 def _mapped(path: Path, shape: tuple[int, ...], dtype: torch.dtype, write: bool) -> torch.Tensor:
-    size = math.prod(shape)
-    return torch.from_file(str(path), shared=write, size=size, dtype=dtype).view(shape)
+    size = math.prod(shape) * dtype.itemsize
+    access = mmap.ACCESS_WRITE if write else mmap.ACCESS_COPY
+    with path.open("r+b" if write else "rb") as file:
+        mapping = mmap.mmap(file.fileno(), size, access=access)
+    result = torch.frombuffer(mapping, dtype=dtype).view(shape)
+    result.mapping = mapping  # type: ignore[attr-defined]
+    return result
+
+
+def give_pages_back(features: torch.Tensor) -> None:
+    """Let go of the memory that a mapped file has taken so far; it is read again when needed.
+
+    Without effect on features that are in memory alone.
+    """
+    mapping = getattr(features, "mapping", None)
+    if mapping is not None:
+        mapping.madvise(mmap.MADV_DONTNEED)
 
 
 def _compute(
@@ -160,3 +176,4 @@ def _compute(
             flat[at : at + len(features)] = features
             at += len(features)
             progress(start + at // pictures.variants, pictures.images)
+        give_pages_back(result)

@@ -28,7 +28,7 @@ from fedgestalt.learning.ensemble import (
     read_shared_state,
     write_shared_state,
 )
-from fedgestalt.learning.features import trunk_features
+from fedgestalt.learning.features import give_pages_back, trunk_features
 from fedgestalt.learning.images import Faces, to_input
 
 _HELD_OUT_BATCH = 32
@@ -181,6 +181,8 @@ class LocalTrainer:
                     seen += len(rows)
                 progress(name, epoch + 1, settings.epochs)
         member.eval()
+        if name in self.features:
+            give_pages_back(self.features[name])
         return MemberMetrics(losses / seen, correct / seen, agreement)
 
     def _agreement(self, member: Member) -> float | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import stat
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,30 @@ def test_a_trunk_that_sees_another_size_meets_another_file(member: Member, tmp_p
 def test_changes_in_memory_do_not_reach_the_file(member: Member, tmp_path: Path) -> None:
     trunk_features(member, noise(), CPU, tmp_path).zero_()
     assert trunk_features(member, noise(), CPU, tmp_path).any()
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_features_are_the_same_after_their_pages_were_given_back(
+    member: Member, tmp_path: Path, cached: bool
+) -> None:
+    found = trunk_features(member, noise(), CPU, tmp_path if cached else None)
+    before = found.clone()
+    features_module.give_pages_back(found)
+    assert torch.equal(found, before)
+
+
+def test_giving_pages_back_gives_memory_back(tmp_path: Path) -> None:
+    size = 64 << 20
+    (tmp_path / "file").write_bytes(bytes(size))
+    found = features_module._mapped(tmp_path / "file", (size // 4,), torch.float32, False)
+    assert not found.any()
+    full = resident()
+    features_module.give_pages_back(found)
+    assert full - resident() > 0.9 * size
+
+
+def resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 # --- files ---------------------------------------------------------------------------------------

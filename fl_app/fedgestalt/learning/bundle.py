@@ -1,0 +1,398 @@
+"""A published model as a MONAI Bundle: a folder or a zip that encodes offline.
+
+The layout is that of the MONAI Bundle specification; MONAI itself is not needed to write or read
+one::
+
+    configs/metadata.json         what the model is, in MONAI's keys
+    configs/fedgestalt.json       how to build it, and the SHA-256 of every file
+    models/trained.safetensors    what the consortium trained
+    models/frozen.safetensors     trunks (and necks) that stayed as they were
+    models/start/                 weights files that a backbone cannot be built without
+    docs/README.md                the model card
+    LICENSE
+
+Frozen tensors and weights files are left out where the licence of the start weights does not allow
+to pass them on, or the site does not want to; the backbone's plugin must bring them then. Whatever
+comes from where, the digest of the whole model must be the one that was published.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+import typing
+import zipfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel
+from safetensors import SafetensorError, safe_open
+
+from fedgestalt import RESEARCH_USE_ONLY, __version__
+from fedgestalt.errors import ConfigError, SiteError
+from fedgestalt.hooks.registry import Registry, read_options
+from fedgestalt.learning.ensemble import (
+    Ensemble,
+    Member,
+    build_ensemble,
+    model_digest,
+    read_shared_state,
+    write_shared_state,
+)
+from fedgestalt.learning.licences import may_be_passed_on
+from fedgestalt.learning.model_card import CardFacts, metadata, model_card
+from fedgestalt.learning.spec import EnsembleSpec, MemberSpec
+from fedgestalt.learning.store import reason_of, write_tensors
+
+SCHEMA: Final = "fedgestalt.bundle/1"
+MANIFEST, METADATA = "configs/fedgestalt.json", "configs/metadata.json"
+CARD, LICENCE = "docs/README.md", "LICENSE"
+TRAINED, FROZEN, START = "models/trained.safetensors", "models/frozen.safetensors", "models/start"
+
+_MANIFEST_BYTES: Final = 1 << 22
+_KEYS: Final = {
+    *("schema", "notice", "fedgestalt", "digest", "classes", "spec", "spec_digest", "licences"),
+    *("frozen", "start", "files"),
+}
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A published model, ready to encode.
+
+    Attributes:
+        ensemble: with the published weights.
+        digest: of the model, as the consortium knows it.
+    """
+
+    ensemble: Ensemble
+    digest: str
+
+
+@dataclass(frozen=True)
+class _Frozen:
+    """What of the unchanged parts goes into a bundle.
+
+    Attributes:
+        tensors: by name in the file.
+        prefixes: of each member's tensors; members with one trunk share them.
+        start: weights files by member and option.
+        left_out: why a member's are not there.
+    """
+
+    tensors: dict[str, NDArray[np.float32]] = field(default_factory=dict)
+    prefixes: dict[str, str] = field(default_factory=dict)
+    start: dict[str, dict[str, Path]] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+
+
+def write_bundle(
+    out: Path,
+    ensemble: Ensemble,
+    digest: str,
+    registry: Registry,
+    facts: CardFacts,
+    licence: str,
+    *,
+    with_frozen: bool = True,
+) -> dict[str, str]:
+    """Write a published model to the new folder ``out``, or to a zip if it is named so.
+
+    Args:
+        out: must not exist.
+        ensemble: with the published weights.
+        digest: of the model.
+        registry: to look backbones up.
+        facts: for the model card.
+        licence: text of the licence of what was trained.
+        with_frozen: whether parts that training did not change come along.
+
+    Returns:
+        Why frozen parts are left out, by member; empty if all are there.
+
+    Raises:
+        ConfigError: ``out`` exists.
+        SiteError: it cannot be written.
+    """
+    if out.exists():
+        raise ConfigError("exists already", where=str(out), remedy="name a new folder or file")
+    frozen = _collect(ensemble, registry, with_frozen)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        holder = Path(tempfile.mkdtemp(dir=out.parent, prefix=".bundle-"))
+        try:
+            folder = holder / "bundle"
+            _fill(folder, ensemble, digest, registry, facts, licence, frozen)
+            if out.suffix == ".zip":
+                packed = holder / "bundle.zip"
+                _pack(folder, packed)
+                packed.replace(out)
+            else:
+                folder.replace(out)
+        finally:
+            shutil.rmtree(holder, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        raise SiteError(
+            f"the bundle cannot be written ({reason_of(error)})",
+            where=str(out),
+            remedy="free disk space, or choose another place; nothing was left there",
+        ) from None
+    return frozen.left_out
+
+
+def _collect(ensemble: Ensemble, registry: Registry, with_frozen: bool) -> _Frozen:
+    found, prefix_of = _Frozen(), dict[str, str]()
+    for member in ensemble.members:
+        name, licence = member.spec.name, member.weights_licence
+        state = member.frozen_state()
+        if not with_frozen:
+            found.left_out[name] = "the site that exported the bundle left them out"
+        elif not may_be_passed_on(licence):
+            found.left_out[name] = (
+                f"their licence ({licence}) does not say that anybody may pass them on"
+            )
+        else:
+            content = "|".join([member.trunk_digest, *sorted(state)])
+            prefix = prefix_of.setdefault(content, name)
+            found.prefixes[name] = prefix
+            found.tensors.update({f"{prefix}/{key}": values for key, values in state.items()})
+            files = _weights_files(member.spec, registry)
+            if files:
+                found.start[name] = files
+    return found
+
+
+def _weights_files(spec: MemberSpec, registry: Registry) -> dict[str, Path]:
+    """Files that the backbone cannot be built without, by option."""
+    fields = registry.backbones.get(spec.backbone).options.model_fields
+    return {
+        name: Path(spec.options[name])
+        for name in _path_options(spec, registry)
+        if fields[name].is_required() and name in spec.options
+    }
+
+
+def _path_options(spec: MemberSpec, registry: Registry) -> list[str]:
+    """Options of the member's backbone that name a file."""
+    model: type[BaseModel] = registry.backbones.get(spec.backbone).options
+    return [
+        name
+        for name, info in model.model_fields.items()
+        if Path in (info.annotation, *typing.get_args(info.annotation))
+    ]
+
+
+def _fill(
+    folder: Path,
+    ensemble: Ensemble,
+    digest: str,
+    registry: Registry,
+    facts: CardFacts,
+    licence: str,
+    frozen: _Frozen,
+) -> None:
+    for name in ("configs", "models", "docs"):
+        (folder / name).mkdir(parents=True)
+    write_tensors(folder / TRAINED, read_shared_state(ensemble))
+    if frozen.tensors:
+        write_tensors(folder / FROZEN, frozen.tensors)
+    start: dict[str, dict[str, str]] = {}
+    for member, files in frozen.start.items():
+        for option, path in files.items():
+            place = f"{START}/{member}-{option}{path.suffix}"
+            (folder / START).mkdir(exist_ok=True)
+            shutil.copyfile(path, folder / place)
+            start.setdefault(member, {})[option] = place
+    (folder / METADATA).write_text(
+        json.dumps(metadata(ensemble, digest, facts), indent=2), encoding="utf-8"
+    )
+    card = model_card(ensemble, digest, facts, frozen.left_out)
+    (folder / CARD).write_text(card, encoding="utf-8")
+    (folder / LICENCE).write_text(licence, encoding="utf-8")
+    manifest = {
+        "schema": SCHEMA,
+        "notice": RESEARCH_USE_ONLY,
+        "fedgestalt": __version__,
+        "digest": digest,
+        "classes": ensemble.classes,
+        "spec": _without_paths(ensemble.spec, registry, frozen.prefixes).model_dump(mode="json"),
+        "spec_digest": ensemble.spec.digest,
+        "licences": ensemble.licences,
+        "frozen": frozen.prefixes,
+        "start": start,
+        "files": {
+            str(path.relative_to(folder)): _file_digest(path)
+            for path in sorted(folder.rglob("*"))
+            if path.is_file()
+        },
+    }
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+
+
+def _without_paths(spec: EnsembleSpec, registry: Registry, carried: Iterable[str]) -> EnsembleSpec:
+    """The specification without paths of files whose content the bundle carries."""
+    members = []
+    for member in spec.members:
+        paths = _path_options(member, registry) if member.name in carried else []
+        options = {name: value for name, value in member.options.items() if name not in paths}
+        members.append(member.model_copy(update={"options": options}))
+    return spec.model_copy(update={"members": tuple(members)})
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _pack(folder: Path, target: Path) -> None:
+    with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive:  # weights do not compress
+        for path in sorted(folder.rglob("*")):
+            if path.is_file():
+                archive.write(path, path.relative_to(folder))
+
+
+def read_bundle(place: Path, registry: Registry) -> Bundle:
+    """Read a bundle, a folder or a zip; every file and the whole model are checked by digest.
+
+    Raises:
+        ConfigError: it is none, or a file is missing or was altered, or a backbone's plugin is not
+            the one it was made with.
+        SiteError: there is no room to unpack it.
+        PluginError: a backbone is not installed.
+    """
+    if place.is_dir():
+        return _open(place, place, registry)
+    if not place.exists():
+        raise ConfigError("there is no such bundle", where=str(place))
+    try:
+        with (
+            zipfile.ZipFile(place) as archive,
+            tempfile.TemporaryDirectory(prefix="fedgestalt-bundle-") as folder,
+        ):
+            archive.extractall(folder)
+            return _open(Path(folder), place, registry)
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError):
+        raise ConfigError(
+            "is neither a folder nor a zip",
+            where=str(place),
+            remedy="name what `fedgestalt bundle export` wrote",
+        ) from None
+    except OSError as error:
+        raise SiteError(
+            f"the bundle cannot be unpacked ({error.strerror})",
+            where=str(place),
+            remedy="free disk space for temporary files, or unpack it yourself",
+        ) from None
+
+
+def _open(folder: Path, place: Path, registry: Registry) -> Bundle:
+    manifest = _read_manifest(folder, place)
+    for name, expected in manifest["files"].items():
+        path = folder / name
+        if not path.resolve().is_relative_to(folder.resolve()) or not path.is_file():
+            raise _fault(place, f"{name} is missing")
+        if _file_digest(path) != expected:
+            raise _fault(place, f"{name} is not the file that was published")
+    ensemble = _build(folder, place, manifest, registry)
+    state = _read_tensors(folder / TRAINED)
+    try:
+        write_shared_state(ensemble, state)
+    except ConfigError as error:
+        raise _fault(place, error.what) from None
+    digest = model_digest(manifest["spec_digest"], ensemble.outline().frozen, state)
+    if digest != manifest["digest"]:
+        raise ConfigError(
+            "the model does not have the digest it names",
+            where=str(place),
+            remedy="install the plugin versions and start weights it was trained with, or get the"
+            " bundle again",
+        )
+    return Bundle(ensemble, digest)
+
+
+def _read_manifest(folder: Path, place: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    try:
+        if path.stat().st_size > _MANIFEST_BYTES:
+            raise _fault(place, f"{MANIFEST} is too large")
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise _fault(place, f"{MANIFEST} is missing") from None
+    except (OSError, ValueError):
+        raise _fault(place, f"{MANIFEST} is damaged") from None
+    if not isinstance(content, dict) or content.get("schema") != SCHEMA:
+        raise _fault(place, f"{MANIFEST} is not {SCHEMA}")
+    texts = ("digest", "spec_digest")
+    tables = ("spec", "licences", "frozen", "start", "files")
+    if (
+        content.keys() != _KEYS
+        or not all(isinstance(content[key], str) for key in texts)
+        or not all(isinstance(content[key], dict) for key in tables)
+        or not isinstance(content["classes"], int)
+        or content["classes"] < 1
+        or TRAINED not in content["files"]
+    ):
+        raise _fault(place, f"{MANIFEST} is damaged")
+    return content
+
+
+def _build(folder: Path, place: Path, manifest: Mapping[str, Any], registry: Registry) -> Ensemble:
+    fields = json.loads(json.dumps(manifest["spec"]))
+    spec = read_options(EnsembleSpec, fields, where=str(place))
+    carried: dict[str, str] = manifest["frozen"]
+    members = []
+    for member in spec.members:
+        paths = {o: str(folder / p) for o, p in manifest["start"].get(member.name, {}).items()}
+        members.append(member.model_copy(update={"options": member.options | paths}))
+    try:
+        built = build_ensemble(
+            spec.model_copy(update={"members": tuple(members)}), manifest["classes"], registry
+        )
+    except ConfigError as error:
+        if set(carried) >= {member.name for member in members}:
+            raise
+        error.remedy = (
+            "the bundle does not contain all start weights: its docs/README.md says why, and which"
+            " to get"
+        )
+        raise
+    frozen = _read_tensors(folder / FROZEN) if FROZEN in manifest["files"] else {}
+    for ready in built.members:
+        if ready.spec.name in carried:
+            _load(ready, frozen, carried[ready.spec.name], manifest, place)
+    return Ensemble(spec, built.members, built.classes)
+
+
+def _load(
+    member: Member,
+    frozen: Mapping[str, NDArray[np.float32]],
+    prefix: str,
+    manifest: Mapping[str, Any],
+    place: Path,
+) -> None:
+    start = f"{prefix}/"
+    own = {n.removeprefix(start): v for n, v in frozen.items() if n.startswith(start)}
+    try:
+        member.load_frozen_state({n: own[n] for n in member.frozen_state() if n in own})
+    except ConfigError as error:
+        raise _fault(place, error.what, error.remedy) from None
+    member.weights_licence = str(manifest["licences"].get(member.spec.name, ""))
+
+
+def _read_tensors(path: Path) -> dict[str, NDArray[np.float32]]:
+    """Tensors of a file, one at a time: the file itself is never in memory beside them."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError):
+        raise ConfigError(f"{path.name} is damaged", where=str(path.parent)) from None
+
+
+def _fault(place: Path, what: str, remedy: str = "get the bundle again") -> ConfigError:
+    return ConfigError(what, where=str(place), remedy=remedy)
