@@ -6,8 +6,6 @@ import errno
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -236,37 +234,6 @@ def test_an_unknown_device_or_preprocessor_is_refused(
     result = run(model, folder, tmp_path / "e.npz", key, value)
     assert result.exit_code == CALL_WRONG
     assert repr(value) in result.stderr
-
-
-# --- several processes ---------------------------------------------------------------------------
-
-
-def by_two_processes(arguments: list[str]) -> subprocess.CompletedProcess[str]:
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, *launch, "-m", "fedgestalt", *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=environment,
-        timeout=240,
-    )
-
-
-def test_two_processes_give_the_bytes_of_one(model: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "photographs"
-    folder.mkdir()
-    for number, face in enumerate(aligned(40)):  # three blocks
-        save_jpeg(folder / f"{number:02}.jpg", face)
-    assert run(model, folder, tmp_path / "one.npz").exit_code == 0
-    place = ["--images", str(folder), "--out", str(tmp_path / "two.npz")]
-    done = by_two_processes(["encode", "--model", str(model), *place, "--device", "cpu", "--json"])
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["processes"] == 2
-    one, two = (read_encodings(tmp_path / f"{n}.npz") for n in ("one", "two"))
-    assert one.image_ids == two.image_ids
-    assert one.vectors.tobytes() == two.vectors.tobytes()
 
 
 # --- publishing ----------------------------------------------------------------------------------
