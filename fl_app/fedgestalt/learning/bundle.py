@@ -27,11 +27,11 @@ import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Final, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel
+from pydantic import BaseModel, Field, model_validator
 from safetensors import SafetensorError, safe_open
 
 from fedgestalt import RESEARCH_USE_ONLY, __version__
@@ -47,7 +47,7 @@ from fedgestalt.learning.ensemble import (
 )
 from fedgestalt.learning.licences import may_be_passed_on
 from fedgestalt.learning.model_card import CardFacts, metadata, model_card
-from fedgestalt.learning.spec import EnsembleSpec, MemberSpec
+from fedgestalt.learning.spec import EnsembleSpec, MemberSpec, Spec
 from fedgestalt.learning.store import reason_of, write_tensors
 
 SCHEMA: Final = "fedgestalt.bundle/1"
@@ -56,10 +56,42 @@ CARD, LICENCE = "docs/README.md", "LICENSE"
 TRAINED, FROZEN, START = "models/trained.safetensors", "models/frozen.safetensors", "models/start"
 
 _MANIFEST_BYTES: Final = 1 << 22
-_KEYS: Final = {
-    *("schema", "notice", "fedgestalt", "digest", "classes", "spec", "spec_digest", "licences"),
-    *("frozen", "start", "files"),
-}
+
+
+class Manifest(Spec):
+    """``configs/fedgestalt.json``, beside its schema.
+
+    Attributes:
+        notice: that this is for research.
+        fedgestalt: version that wrote it.
+        digest: of the whole model.
+        classes: of the classifier.
+        spec: without paths that the bundle replaces.
+        spec_digest: of the original specification.
+        licences: of the start weights, by member.
+        frozen: where in the file of frozen tensors a member's are, by member.
+        start: files of the bundle by member and option.
+        files: SHA-256 of each file, hexadecimal.
+    """
+
+    notice: str
+    fedgestalt: str
+    digest: str = Field(pattern="^[0-9a-f]{64}$")
+    classes: int = Field(ge=1)
+    spec: EnsembleSpec
+    spec_digest: str
+    licences: dict[str, str]
+    frozen: dict[str, str]
+    start: dict[str, dict[str, str]]
+    files: dict[str, str]
+
+    @model_validator(mode="after")
+    def _names_what_is_there(self) -> Self:
+        needed = {TRAINED, *(place for files in self.start.values() for place in files.values())}
+        if not needed <= self.files.keys():
+            message = "a file that is needed is not listed"
+            raise ValueError(message)
+        return self
 
 
 @dataclass(frozen=True)
@@ -215,24 +247,24 @@ def _fill(
     card = model_card(ensemble, digest, facts, frozen.left_out)
     (folder / CARD).write_text(card, encoding="utf-8")
     (folder / LICENCE).write_text(licence, encoding="utf-8")
-    manifest = {
-        "schema": SCHEMA,
-        "notice": RESEARCH_USE_ONLY,
-        "fedgestalt": __version__,
-        "digest": digest,
-        "classes": ensemble.classes,
-        "spec": _without_paths(ensemble.spec, registry, frozen.prefixes).model_dump(mode="json"),
-        "spec_digest": ensemble.spec.digest,
-        "licences": ensemble.licences,
-        "frozen": frozen.prefixes,
-        "start": start,
-        "files": {
+    manifest = Manifest(
+        notice=RESEARCH_USE_ONLY,
+        fedgestalt=__version__,
+        digest=digest,
+        classes=ensemble.classes,
+        spec=_without_paths(ensemble.spec, registry, frozen.prefixes),
+        spec_digest=ensemble.spec.digest,
+        licences=ensemble.licences,
+        frozen=frozen.prefixes,
+        start=start,
+        files={
             str(path.relative_to(folder)): _file_digest(path)
             for path in sorted(folder.rglob("*"))
             if path.is_file()
         },
-    }
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+    )
+    content = {"schema": SCHEMA, **manifest.model_dump(mode="json")}
+    (folder / MANIFEST).write_text(json.dumps(content, indent=2), encoding="utf-8")
 
 
 def _without_paths(spec: EnsembleSpec, registry: Registry, carried: Iterable[str]) -> EnsembleSpec:
@@ -293,7 +325,7 @@ def read_bundle(place: Path, registry: Registry) -> Bundle:
 
 def _open(folder: Path, place: Path, registry: Registry) -> Bundle:
     manifest = _read_manifest(folder, place)
-    for name, expected in manifest["files"].items():
+    for name, expected in manifest.files.items():
         path = folder / name
         if not path.resolve().is_relative_to(folder.resolve()) or not path.is_file():
             raise _fault(place, f"{name} is missing")
@@ -305,8 +337,8 @@ def _open(folder: Path, place: Path, registry: Registry) -> Bundle:
         write_shared_state(ensemble, state)
     except ConfigError as error:
         raise _fault(place, error.what) from None
-    digest = model_digest(manifest["spec_digest"], ensemble.outline().frozen, state)
-    if digest != manifest["digest"]:
+    digest = model_digest(manifest.spec_digest, ensemble.outline().frozen, state)
+    if digest != manifest.digest:
         raise ConfigError(
             "the model does not have the digest it names",
             where=str(place),
@@ -316,7 +348,7 @@ def _open(folder: Path, place: Path, registry: Registry) -> Bundle:
     return Bundle(ensemble, digest)
 
 
-def _read_manifest(folder: Path, place: Path) -> dict[str, Any]:
+def _read_manifest(folder: Path, place: Path) -> Manifest:
     path = folder / MANIFEST
     try:
         if path.stat().st_size > _MANIFEST_BYTES:
@@ -326,33 +358,19 @@ def _read_manifest(folder: Path, place: Path) -> dict[str, Any]:
         raise _fault(place, f"{MANIFEST} is missing") from None
     except (OSError, ValueError):
         raise _fault(place, f"{MANIFEST} is damaged") from None
-    if not isinstance(content, dict) or content.get("schema") != SCHEMA:
+    if not isinstance(content, dict) or content.pop("schema", None) != SCHEMA:
         raise _fault(place, f"{MANIFEST} is not {SCHEMA}")
-    texts = ("digest", "spec_digest")
-    tables = ("spec", "licences", "frozen", "start", "files")
-    if (
-        content.keys() != _KEYS
-        or not all(isinstance(content[key], str) for key in texts)
-        or not all(isinstance(content[key], dict) for key in tables)
-        or not isinstance(content["classes"], int)
-        or content["classes"] < 1
-        or TRAINED not in content["files"]
-    ):
-        raise _fault(place, f"{MANIFEST} is damaged")
-    return content
+    return read_options(Manifest, content, where=f"{place}: {MANIFEST}")
 
 
-def _build(folder: Path, place: Path, manifest: Mapping[str, Any], registry: Registry) -> Ensemble:
-    fields = json.loads(json.dumps(manifest["spec"]))
-    spec = read_options(EnsembleSpec, fields, where=str(place))
-    carried: dict[str, str] = manifest["frozen"]
-    members = []
+def _build(folder: Path, place: Path, manifest: Manifest, registry: Registry) -> Ensemble:
+    spec, carried, members = manifest.spec, manifest.frozen, []
     for member in spec.members:
-        paths = {o: str(folder / p) for o, p in manifest["start"].get(member.name, {}).items()}
+        paths = {o: str(folder / p) for o, p in manifest.start.get(member.name, {}).items()}
         members.append(member.model_copy(update={"options": member.options | paths}))
     try:
         built = build_ensemble(
-            spec.model_copy(update={"members": tuple(members)}), manifest["classes"], registry
+            spec.model_copy(update={"members": tuple(members)}), manifest.classes, registry
         )
     except ConfigError as error:
         if set(carried) >= {member.name for member in members}:
@@ -362,7 +380,7 @@ def _build(folder: Path, place: Path, manifest: Mapping[str, Any], registry: Reg
             " to get"
         )
         raise
-    frozen = _read_tensors(folder / FROZEN) if FROZEN in manifest["files"] else {}
+    frozen = _read_tensors(folder / FROZEN) if FROZEN in manifest.files else {}
     for ready in built.members:
         if ready.spec.name in carried:
             _load(ready, frozen, carried[ready.spec.name], manifest, place)
@@ -373,7 +391,7 @@ def _load(
     member: Member,
     frozen: Mapping[str, NDArray[np.float32]],
     prefix: str,
-    manifest: Mapping[str, Any],
+    manifest: Manifest,
     place: Path,
 ) -> None:
     start = f"{prefix}/"
@@ -382,7 +400,7 @@ def _load(
         member.load_frozen_state({n: own[n] for n in member.frozen_state() if n in own})
     except ConfigError as error:
         raise _fault(place, error.what, error.remedy) from None
-    member.weights_licence = str(manifest["licences"].get(member.spec.name, ""))
+    member.weights_licence = manifest.licences.get(member.spec.name, "")
 
 
 def _read_tensors(path: Path) -> dict[str, NDArray[np.float32]]:

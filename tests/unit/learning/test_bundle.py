@@ -258,9 +258,12 @@ def test_a_missing_or_altered_file_is_named(written: Path, file: str) -> None:
         lambda c: c["files"].pop("models/trained.safetensors"),
         lambda c: c["files"].update({"../outside": "0" * 64}),
         lambda c: c.update(classes=4),
-        lambda c: c.update(classes="3"),
+        lambda c: c.update(classes="three"),
         lambda c: c.update(schema="fedgestalt.bundle/9"),
         lambda c: c.update(files=[]),
+        lambda c: c.update(start={"a": {"weights": "../../outside"}}),
+        lambda c: c.update(start={"a": "weights"}),
+        lambda c: c.update(frozen={"a": 1}),
         lambda c: c.pop("licences"),
     ],
 )
