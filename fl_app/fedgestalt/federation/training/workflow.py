@@ -34,7 +34,7 @@ from fedgestalt.errors import (
 )
 from fedgestalt.federation.job.handshake import Present
 from fedgestalt.federation.job.identity import Trust
-from fedgestalt.federation.job.memory import give_back
+from fedgestalt.federation.job.memory import give_back, keep_no_large_blocks
 from fedgestalt.federation.job.transfer import DownloadDesk, UploadDesk
 from fedgestalt.federation.job.workflow import OnReply, PhasedWorkflow
 from fedgestalt.federation.tasks import APPLY, JOIN, PUBLISH, TRAIN
@@ -86,7 +86,7 @@ from fedgestalt.learning.ensemble import (
 from fedgestalt.learning.spec import EnsembleSpec
 from fedgestalt.learning.store import save_ensemble
 from fedgestalt.messages import Message, from_site
-from fedgestalt.secagg import AES, CHACHA20, MINIMUM_SITES, Recipient, SessionFacts
+from fedgestalt.secagg import AES, CHACHA20, MINIMUM_SITES, Recipient, SessionFacts, Words
 
 MAXIMUM_CLASSES = 1_000_000
 _TRIES = 3
@@ -149,6 +149,7 @@ class EnsembleTrainingWorkflow(PhasedWorkflow):
     def start_controller(self, fl_ctx: FLContext) -> None:
         """Find the folders, and whom to believe; open the desks for vectors."""
         super().start_controller(fl_ctx)
+        keep_no_large_blocks()
         workspace = fl_ctx.get_engine().get_workspace()
         self._checkpoints = ServerCheckpoints(Path(workspace.get_root_dir()) / CHECKPOINTS_FOLDER)
         startup = Path(workspace.get_startup_kit_dir())
@@ -426,31 +427,40 @@ class EnsembleTrainingWorkflow(PhasedWorkflow):
             "sites": list(opened.survivors),
             "uploaded_bytes_per_site": 4 * facts.plan.words,
         }
-        expected = b""
-        if self._model is not None:
-            aggregate = facts.plan.decode(opened.words)
-            if warning := clipping_warning(number, aggregate, facts.plan):
-                self.status.warn(warning)
-            state, bound = self._model.state, self._max_update_norm
-            check_update_norm(aggregate.mean, state, bound, "the mean of all updates")
-            self._metrics = read_metrics(aggregate.mean)
-            self._ranges = next_ranges(self._ranges, aggregate)
-            self._model.step(aggregate.mean)
-            clipped = sum(aggregate.clipped.values())
-            record |= {"images": aggregate.weight, "members": self._metrics, "clipped": clipped}
-            expected = round_record(
-                facts,
-                agreement=opened.agreement,
-                survivors=opened.survivors,
-                sum_digest=hashlib.sha256(opened.words.data).digest(),
-                weight=aggregate.weight,
-                clipped=clipped,
-                model_after=self._model.digest,
-                previous=self._transcript.last,
-            )
+        words = opened.take_words()
+        expected = b"" if self._model is None else self._step(self._model, opened, words, record)
+        # From disk: in memory it would lie beside the model while FLARE sends it.
+        self._downloads.offer_from_disk(facts.digest.hex(), words, facts.roster, self.folder)
+        del words
         signed = self._collect_receipts(opened, expected)
         self._current = set(signed)
         return record
+
+    def _step(
+        self, model: GlobalModel, opened: Opened, words: Words, record: dict[str, Any]
+    ) -> bytes:
+        """Check the sum and move the server's model; returns the record that sites will sign."""
+        facts = opened.facts
+        aggregate = facts.plan.decode(words)
+        if warning := clipping_warning(facts.round, aggregate, facts.plan):
+            self.status.warn(warning)
+        bound = self._max_update_norm
+        check_update_norm(aggregate.mean, model.state, bound, "the mean of all updates")
+        self._metrics = read_metrics(aggregate.mean)
+        self._ranges = next_ranges(self._ranges, aggregate)
+        model.step(aggregate.mean)
+        clipped = sum(aggregate.clipped.values())
+        record |= {"images": aggregate.weight, "members": self._metrics, "clipped": clipped}
+        return round_record(
+            facts,
+            agreement=opened.agreement,
+            survivors=opened.survivors,
+            sum_digest=hashlib.sha256(words.data).digest(),
+            weight=aggregate.weight,
+            clipped=clipped,
+            model_after=model.digest,
+            previous=self._transcript.last,
+        )
 
     def _collect_receipts(self, opened: Opened, expected: bytes) -> dict[str, bytes]:
         """Have the sites apply the sum; all of them must sign one record."""
@@ -468,8 +478,6 @@ class EnsembleTrainingWorkflow(PhasedWorkflow):
             records[site], signed[site] = receipt.record, receipt.signature
             self.status.sent(site, 4 * opened.facts.plan.words)
 
-        name = opened.facts.digest.hex()
-        self._downloads.offer(name, opened.words, opened.facts.roster)
         message = Apply(opened.facts.digest, opened.survivors, self._transcript.last)
         there = set(opened.survivors) - self.lost_sites(opened.survivors).keys()
         self._gather_from(APPLY, message, on_receipt, there, lambda: False)
