@@ -30,7 +30,7 @@ _TRANSFER_LIMITS = ("streaming_idle_timeout", "np_streaming_per_request_timeout"
 """FLARE's limits for one array on the line; too short for large models on slow lines."""
 _OUR_WATCH_DECIDES = {"dead_client_grace_period": 1e9}
 """By itself, FLARE ends a job a minute after the death of a site that it names."""
-_AGGREGATOR = ("scope", "rule", "reveal_aggregate_to", "threat_model")
+_AGGREGATOR = ("scope", "rule", "reveal_aggregate_to", "threat_model", "server_momentum")
 """Fields of the training job that are the aggregator's arguments."""
 _TENSORBOARD = "nvflare.app_opt.tracking.tb.tb_receiver.TBAnalyticsReceiver"
 
@@ -107,6 +107,12 @@ class TrainingJob(JobSpec):
         default="malicious",
         description="what the server may do without learning more than the sum; honest-but-curious"
         " trusts it to follow the protocol, so that more sites may be lost",
+    )
+    server_momentum: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="how much of its last step the model takes again (FedAvgM); 0: none",
     )
     resume_from: str = Field(
         default="",

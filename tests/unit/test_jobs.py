@@ -54,6 +54,9 @@ training = st.builds(
     batch_size=st.integers(2, 64),
     learning_rate=st.floats(1e-6, 1),
     dropout=st.floats(0, 0.9),
+    proximal=st.floats(0, 10),
+    softmax=st.sampled_from(["all", "present"]),
+    batch_norm=st.sampled_from(["shared", "local"]),
 )
 members = st.builds(
     MemberSpec,
@@ -78,6 +81,7 @@ jobs = st.builds(
     rule=st.sampled_from(["mean", "class-weighted"]),
     reveal_aggregate_to=st.sampled_from(["server", "sites"]),
     threat_model=st.sampled_from(["malicious", "honest-but-curious"]),
+    server_momentum=st.floats(0, 1, exclude_max=True),
     resume_from=st.from_regex(r"[A-Za-z0-9-]{0,64}", fullmatch=True),
     **common,
 ) | st.builds(
@@ -152,6 +156,7 @@ def test_how_a_job_aggregates_is_said_to_the_aggregator_alone(tmp_path: Path) ->
         "rule": "class-weighted",
         "reveal_aggregate_to": "sites",
         "threat_model": "honest-but-curious",
+        "server_momentum": 0.5,
     }
     render_job(TrainingJob(**said), tmp_path / "job")
     assert aggregator(tmp_path / "job")["args"] == said
@@ -247,6 +252,7 @@ def test_flare_can_build_the_aggregator_of_every_training(job: JobSpec) -> None:
     assert (chosen.scope, chosen.rule) == (job.scope, job.rule)
     assert (chosen.recipient, chosen.threat_model) == (job.reveal_aggregate_to, job.threat_model)
     assert chosen.max_weight == job.max_images_per_site
+    assert chosen.momentum == job.server_momentum
 
 
 def test_a_job_says_nothing_of_a_sites_folders(folder: Path) -> None:
@@ -325,6 +331,12 @@ def test_an_unknown_key_names_the_nearest_known_one(key: str, advice: str) -> No
         ("rule", "median"),
         ("reveal_aggregate_to", "nobody"),
         ("threat_model", "angelic"),
+        ("server_momentum", "1.0"),
+        ("server_momentum", "-0.1"),
+        ("server_momentum", ".nan"),
+        ("ensemble.members.0.training.proximal", "-1"),
+        ("ensemble.members.0.training.softmax", "some"),
+        ("ensemble.members.0.training.batch_norm", "global"),
         ("resume_from", "../x"),
         ("resume_from", "a b"),
         ("resume_from", "5"),

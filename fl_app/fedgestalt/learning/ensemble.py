@@ -9,7 +9,8 @@ travels: it would tell how many images a site has.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -133,7 +134,7 @@ def build_ensemble(spec: EnsembleSpec, classes: int, registry: Registry) -> Ense
 
     Raises:
         PluginError: a backbone is not installed.
-        ConfigError: its options are wrong.
+        ConfigError: its options are wrong, or it cannot train as the specification says.
     """
     members = []
     for index, member in enumerate(spec.members):
@@ -142,6 +143,13 @@ def build_ensemble(spec: EnsembleSpec, classes: int, registry: Registry) -> Ense
             backbone.options, member.options, where=f"options of ensemble member {member.name!r}"
         )
         modules = backbone.build(options, spec.seed + index)
+        if _keeps_norms(member) and not modules.weights_licence:
+            raise ConfigError(
+                "batch_norm: local publishes the start's BatchNorm layers, and those of random"
+                " weights have seen no image",
+                where=f"ensemble member {member.name!r}",
+                remedy="begin from pretrained weights, or set batch_norm: shared",
+            )
         dropout = nn.Dropout(member.training.dropout)
         head = nn.Sequential(dropout, _linear(modules.embedding_size, classes, spec.seed + index))
         members.append(
@@ -227,6 +235,32 @@ def write_shared_state(ensemble: Ensemble, state: Mapping[str, NDArray[np.float3
 def is_classifier(name: str) -> bool:
     """Whether a tensor of the shared state belongs to a member's classifier; rows are classes."""
     return name.split("/")[1] == "head"
+
+
+def is_statistic(name: str) -> bool:
+    """Whether a tensor of the shared state is a running statistic, which follows the data."""
+    return name.endswith((_MEAN, _SECOND_MOMENT))
+
+
+def local_norms(spec: EnsembleSpec, names: Iterable[str]) -> frozenset[str]:
+    """Tensors of BatchNorm layers that stay at the site (``batch_norm: local``).
+
+    Args:
+        spec: of the ensemble.
+        names: of its shared state.
+    """
+    keeping = {member.name for member in spec.members if _keeps_norms(member)}
+    own = [name for name in names if name.split("/")[0] in keeping]
+    layers = {_layer(name) for name in own if name.endswith(_MEAN)}
+    return frozenset(name for name in own if _layer(name) in layers)
+
+
+def _layer(name: str) -> str:
+    return name.removesuffix(re.split("[./]", name)[-1])
+
+
+def _keeps_norms(member: MemberSpec) -> bool:
+    return member.trainable != "none" and member.training.batch_norm == "local"
 
 
 def shared_state_digest(state: Mapping[str, NDArray[np.float32]]) -> bytes:

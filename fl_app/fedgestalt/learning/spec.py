@@ -30,6 +30,19 @@ class TrainingSpec(Spec):
     variants: int = Field(
         default=4, ge=1, le=64, description="augmented variants per image, drawn once"
     )
+    proximal: float = Field(
+        default=0.0,
+        ge=0,
+        description="FedProx: weight of half the squared distance to the round's start",
+    )
+    softmax: Literal["all", "present"] = Field(
+        default="all", description="classes that the loss is over; present: those the site has"
+    )
+    batch_norm: Literal["shared", "local"] = Field(
+        default="shared",
+        description="local: BatchNorm layers stay at the site (FedBN); the published ensemble has"
+        " those of the start",
+    )
 
 
 class MemberSpec(Spec):

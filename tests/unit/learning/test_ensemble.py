@@ -20,12 +20,13 @@ from fedgestalt.learning.ensemble import (
     SharedState,
     build_ensemble,
     is_classifier,
+    local_norms,
     read_shared_state,
     shared_state_digest,
     state_digest,
     write_shared_state,
 )
-from fedgestalt.learning.spec import EnsembleSpec, MemberSpec
+from fedgestalt.learning.spec import EnsembleSpec, MemberSpec, TrainingSpec
 
 TINY = {"depth": 18, "width": 4, "embedding_size": 8, "input_size": 32}
 
@@ -152,6 +153,31 @@ def test_every_parameter_of_a_trained_part_takes_gradients(trainable: str) -> No
     (found,) = build(member("a", trainable)).members
     for name, part in found.trained_parts.items():
         assert all(parameter.requires_grad for parameter in part.parameters()), name
+
+
+# --- normalisation that stays at the site --------------------------------------------------------
+
+LOCAL = TrainingSpec(batch_norm="local")
+
+
+def test_normalisation_of_random_weights_cannot_stay_at_the_sites() -> None:
+    """The published ensemble would normalise by what no image has set."""
+    with pytest.raises(ConfigError, match="those of random weights have seen no image") as fault:
+        build(member("a").model_copy(update={"training": LOCAL}))
+    assert fault.value.where == "ensemble member 'a'"
+    build(member("a", "none").model_copy(update={"training": LOCAL}))
+
+
+def test_local_norms_are_all_tensors_of_the_layers_with_statistics_of_those_members() -> None:
+    names = [
+        *("a/neck/fc.weight", "a/neck/fc.bias", "a/neck/features.weight", "a/neck/features.bias"),
+        *("a/neck/features.running_mean", "a/neck/features.running_second_moment"),
+        *("a/trunk/running_mean", "a/trunk/weight", "a/trunk/conv.weight", "a/head/1.weight"),
+        *("b/neck/features.weight", "b/neck/features.running_mean"),
+    ]
+    local = MemberSpec(name="a", backbone="iresnet", training=LOCAL)
+    spec = EnsembleSpec(members=(local, MemberSpec(name="b", backbone="iresnet")))
+    assert local_norms(spec, names) == {*names[2:8]}
 
 
 # --- shared state --------------------------------------------------------------------------------

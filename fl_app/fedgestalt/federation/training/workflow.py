@@ -232,6 +232,7 @@ class EnsembleTrainingWorkflow(PhasedWorkflow):
                 "rule": self._aggregation.rule,
                 "reveal_aggregate_to": self._aggregation.recipient,
                 "threat_model": self._aggregation.threat_model,
+                "server_momentum": self._aggregation.momentum,
             },
             **({"resumed_from": self._resume_from} if self._resume_from else {}),
         }
@@ -241,7 +242,7 @@ class EnsembleTrainingWorkflow(PhasedWorkflow):
         checkpoint, kept = self._load_checkpoint()
         self._handshake(checkpoint, self.roster, abort_signal, fl_ctx)
         give_back()  # the network is gone, its parameters are in the start state
-        model = GlobalModel(self._start_state)
+        model = GlobalModel(self._start_state, self._aggregation.momentum)
         self._shapes = shapes_of(model.state)
         self._model_digest = model.digest
         self._ranges = first_ranges(model.state, self._spec)
@@ -251,7 +252,7 @@ class EnsembleTrainingWorkflow(PhasedWorkflow):
             self._transcript = Transcript.of(dict(checkpoint.transcript))
             self._model_digest = bytes.fromhex(checkpoint.model)
             if kept is not None:
-                model = GlobalModel(kept)
+                model.take(kept)  # that of the same ensemble and aggregation
         self._model = model if self._reveals else None
         self._start_state = {}
         give_back()
@@ -300,7 +301,7 @@ class EnsembleTrainingWorkflow(PhasedWorkflow):
             state = read_shared_state(ensemble)
             facts = training_facts(ensemble, state, self.roster, chosen, registry)
             self._outline = ensemble.outline()
-            self._start_state = chosen.shared(state)
+            self._start_state = chosen.shared(state, self._spec)
             self._rest = {n: v for n, v in state.items() if n not in self._start_state}
             return facts
 
@@ -311,6 +312,7 @@ class EnsembleTrainingWorkflow(PhasedWorkflow):
             chosen.rule,
             chosen.recipient,
             chosen.threat_model,
+            chosen.momentum,
             checkpoint.round if checkpoint else self._round,
             bytes.fromhex(checkpoint.model) if checkpoint else b"",
         )
@@ -445,7 +447,8 @@ class EnsembleTrainingWorkflow(PhasedWorkflow):
         if warning := clipping_warning(facts.round, aggregate, facts.plan):
             self.status.warn(warning)
         bound = self._max_update_norm
-        check_update_norm(aggregate.mean, model.state, bound, "the mean of all updates")
+        change = model.change(aggregate.mean)
+        check_update_norm(change, model.state, bound, "the mean of all updates")
         self._metrics = read_metrics(aggregate.mean)
         self._ranges = next_ranges(self._ranges, aggregate)
         model.step(aggregate.mean)
@@ -504,7 +507,7 @@ class EnsembleTrainingWorkflow(PhasedWorkflow):
             records=self._records,
             transcript=self._transcript.document(),
         )
-        self._checkpoints.save(checkpoint, self._model.state if self._model else None)
+        self._checkpoints.save(checkpoint, self._model.tensors if self._model else None)
 
     def _leave_transcript(self) -> None:
         """Write the transcript; a full disk must not hide why the job ended."""
