@@ -71,6 +71,23 @@ class InputSpec:
 
 
 @dataclass(frozen=True)
+class StageCut:
+    """Where a trunk's last stage begins, so that it can train while all before it stays frozen.
+
+    Both parts are made of the trunk's own modules: ``last_stage(early(x))`` is ``trunk(x)``.
+
+    Attributes:
+        early: (n, 3, size, size) -> (n, *feature_shape).
+        last_stage: (n, *feature_shape) -> what the trunk gives.
+        feature_shape: of one feature between the two.
+    """
+
+    early: nn.Module
+    last_stage: nn.Module
+    feature_shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class BackboneModules:
     """A network in two parts, in evaluation mode.
 
@@ -81,6 +98,7 @@ class BackboneModules:
         feature_shape: shape of one feature.
         embedding_size: length of one encoding.
         weights_licence: SPDX expression of the start weights; empty if they are random.
+        cut: of the trunk; None if it has no last stage that could train alone.
     """
 
     trunk: nn.Module
@@ -89,6 +107,7 @@ class BackboneModules:
     feature_shape: tuple[int, ...]
     embedding_size: int
     weights_licence: str = ""
+    cut: StageCut | None = None
 
 
 @runtime_checkable

@@ -171,6 +171,22 @@ def test_a_site_with_one_class_alone_refuses_a_restricted_softmax_with_a_sentenc
     assert run.orders("fgm_train") == []
 
 
+@pytest.mark.parametrize("changes", [{}, {"proximal": 0.5, "softmax": "present"}], ids=str)
+def test_a_last_stage_trains_under_masks_and_alone_travels(
+    tmp_path: Path, three_sites: Consortium, changes: dict[str, Any]
+) -> None:
+    (member,) = training_with(**changes).members
+    ensemble = EnsembleSpec(members=(member.model_copy(update={"trainable": "last-stage"}),))
+    job = TrainingJob(ensemble=ensemble, rounds=2)
+    consortium, plain = Consortium(tmp_path, source=three_sites), Plain(three_sites, job)
+    run = consortium.run(job)
+    assert run.outcome["ensemble"] == plain.digest(*[Summed(three_sites.sites)] * 2)
+    whole = Plain(three_sites, TrainingJob(ensemble=one_network("all"))).first_plan().words
+    neck = Plain(three_sites, TrainingJob(ensemble=one_network("neck"))).first_plan().words
+    assert neck < plain.first_plan().words < whole
+    assert run.outcome["rounds"][0]["uploaded_bytes_per_site"] == 4 * plain.first_plan().words
+
+
 # --- normalisation that stays at the site --------------------------------------------------------
 
 

@@ -63,7 +63,7 @@ members = st.builds(
     name=st.from_regex(r"[a-z0-9][a-z0-9_-]{0,5}", fullmatch=True),
     backbone=st.sampled_from(["sface", "iresnet"]),
     options=st.dictionaries(st.sampled_from(["depth", "width"]), st.integers(1, 100)),
-    trainable=st.sampled_from(["none", "neck", "all"]),
+    trainable=st.sampled_from(["none", "neck", "last-stage", "all"]),
     training=training,
 )
 ensembles = st.builds(

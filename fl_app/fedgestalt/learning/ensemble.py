@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from fedgestalt.contracts import InputSpec
+from fedgestalt.contracts import BackboneModules, InputSpec
 from fedgestalt.errors import ConfigError
 from fedgestalt.hooks.registry import Registry, read_options
 from fedgestalt.learning.augment import TEST_VARIANTS
@@ -28,10 +28,31 @@ SharedState = dict[str, NDArray[np.float32]]
 
 _MEAN, _VARIANCE, _SECOND_MOMENT = "running_mean", "running_var", "running_second_moment"
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+_STAGED_AT_A_TIME = 64
+"""Images: maps of a last stage are larger than its features."""
+
+
+class StagedNeck(nn.Module):
+    """The last stage of a trunk and the neck behind it, which train together."""
+
+    def __init__(self, last_stage: nn.Module, neck: nn.Module) -> None:
+        super().__init__()
+        self.last_stage, self.neck = last_stage, neck
+
+    def forward(self, feature: torch.Tensor) -> torch.Tensor:
+        """Encode (n, *feature_shape); in small parts where nothing is learnt from the whole."""
+        parts = (feature,) if self.training else feature.split(_STAGED_AT_A_TIME)
+        if feature.ndim == 4:
+            parts = tuple(p.contiguous(memory_format=torch.channels_last) for p in parts)
+        encoded: torch.Tensor = torch.cat([self.neck(self.last_stage(part)) for part in parts])
+        return encoded
 
 
 class Member(nn.Module):
-    """One network: trunk, neck and, while training, a classifier on the encoding."""
+    """One network: trunk, neck and, while training, a classifier on the encoding.
+
+    Where the last stage trains, ``trunk`` is what comes before it, and ``neck`` begins with it.
+    """
 
     def __init__(
         self,
@@ -56,8 +77,8 @@ class Member(nn.Module):
     @property
     def trained_parts(self) -> dict[str, nn.Module]:
         """The modules that training changes, by name; empty for an untouched member."""
-        parts = {"none": (), "neck": ("neck", "head"), "all": ("trunk", "neck", "head")}
-        return {name: getattr(self, name) for name in parts[self.spec.trainable]}
+        parts = {"none": (), "all": ("trunk", "neck", "head")}
+        return {n: getattr(self, n) for n in parts.get(self.spec.trainable, ("neck", "head"))}
 
     @property
     def trunk_is_frozen(self) -> bool:
@@ -150,21 +171,38 @@ def build_ensemble(spec: EnsembleSpec, classes: int, registry: Registry) -> Ense
                 where=f"ensemble member {member.name!r}",
                 remedy="begin from pretrained weights, or set batch_norm: shared",
             )
+        trunk, neck, feature_shape = _divided(member, modules)
         dropout = nn.Dropout(member.training.dropout)
         head = nn.Sequential(dropout, _linear(modules.embedding_size, classes, spec.seed + index))
         members.append(
             Member(
                 member,
-                modules.trunk.eval(),
-                modules.neck.eval(),
+                trunk.eval(),
+                neck.eval(),
                 head.eval(),
                 modules.input,
-                modules.feature_shape,
+                feature_shape,
                 modules.embedding_size,
                 modules.weights_licence,
             )
         )
     return Ensemble(spec, tuple(members), classes)
+
+
+def _divided(
+    member: MemberSpec, modules: BackboneModules
+) -> tuple[nn.Module, nn.Module, tuple[int, ...]]:
+    """Trunk, neck and the shape of a feature between them."""
+    if member.trainable != "last-stage":
+        return modules.trunk, modules.neck, modules.feature_shape
+    cut = modules.cut
+    if cut is None:
+        raise ConfigError(
+            f"backbone {member.backbone!r} does not say where its last stage begins",
+            where=f"ensemble member {member.name!r}",
+            remedy="set trainable to neck or all",
+        )
+    return cut.early, StagedNeck(cut.last_stage, modules.neck), cut.feature_shape
 
 
 def _linear(inputs: int, outputs: int, seed: int) -> nn.Linear:

@@ -51,7 +51,11 @@ class MemberSpec(Spec):
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,30}$")
     backbone: str = Field(description="name of a backbone plugin")
     options: dict[str, Any] = Field(default_factory=dict, description="for the backbone plugin")
-    trainable: Literal["none", "neck", "all"] = "neck"
+    trainable: Literal["none", "neck", "last-stage", "all"] = Field(
+        default="neck",
+        description="what trains and travels; of none and neck the whole trunk is frozen and its"
+        " features are cached, of last-stage all before the last stage",
+    )
     training: TrainingSpec = TrainingSpec()
 
 

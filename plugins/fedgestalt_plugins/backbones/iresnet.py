@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import pickle
+from collections import OrderedDict
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -18,7 +19,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from fedgestalt.contracts import BackboneModules, InputSpec
+from fedgestalt.contracts import BackboneModules, InputSpec, StageCut
 from fedgestalt.errors import ConfigError
 from fedgestalt_plugins.backbones.neck import Neck
 
@@ -106,6 +107,16 @@ class IResNetTrunk(nn.Module):
         feature: torch.Tensor = self.bn2(x)
         return feature
 
+    def cut(self, input_size: int) -> StageCut:
+        """The trunk before its fourth stage, and the stage with the BatchNorm behind it."""
+        before = ("conv1", "bn1", "prelu", "layer1", "layer2", "layer3")
+        early, last = (
+            nn.Sequential(OrderedDict((name, getattr(self, name)) for name in names))
+            for names in (before, ("layer4", "bn2"))
+        )
+        side = math.ceil(input_size / 8)
+        return StageCut(early, last, (self.bn2.num_features // 2, side, side))
+
 
 def build_iresnet(options: IResNetOptions, seed: int) -> BackboneModules:
     """Build the network, with random weights that depend on ``seed`` alone or from a file.
@@ -132,6 +143,7 @@ def build_iresnet(options: IResNetOptions, seed: int) -> BackboneModules:
         feature_shape=feature_shape,
         embedding_size=options.embedding_size,
         weights_licence=options.weights_licence if options.weights else "",
+        cut=trunk.cut(options.input_size),
     )
 
 

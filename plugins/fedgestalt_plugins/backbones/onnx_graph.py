@@ -5,6 +5,8 @@
   BatchNormalization behind it become a :class:`Neck`. Flatten, Reshape and Dropout around the cut
   belong to the neck.
 - A BatchNormalization that follows a convolution in the trunk is folded into it.
+- The last stage begins behind the last value through which everything flows before the last
+  convolution with a stride: in a residual network, before the last block that shrinks the map.
 - An operator without a counterpart here is refused by name, never approximated.
 """
 
@@ -25,7 +27,7 @@ from onnx import numpy_helper
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from fedgestalt.contracts import FACE_SIZE
+from fedgestalt.contracts import FACE_SIZE, StageCut
 from fedgestalt.errors import ConfigError
 from fedgestalt_plugins.backbones.neck import Neck
 
@@ -49,6 +51,7 @@ class FaceNetwork:
         size: side of the input image in pixels.
         feature_shape: shape of one feature.
         embedding_size: length of one encoding.
+        cut: of the trunk; None if no convolution has a stride.
     """
 
     trunk: nn.Module
@@ -56,6 +59,7 @@ class FaceNetwork:
     size: int
     feature_shape: tuple[int, ...]
     embedding_size: int
+    cut: StageCut | None
 
 
 @dataclass(frozen=True)
@@ -176,7 +180,29 @@ class _Importer:
                 f"not a face network: Gemm {gemm.name!r} does not take the feature map"
             )
         shape = tuple(feature.shape[1:])
-        return FaceNetwork(trunk, neck.eval(), self._size, shape, neck.fc.out_features)
+        cut = self._last_stage(nodes, layers)
+        return FaceNetwork(trunk, neck.eval(), self._size, shape, neck.fc.out_features, cut)
+
+    def _last_stage(self, nodes: list[Node], layers: list[nn.Module]) -> StageCut | None:
+        strided = [
+            index
+            for index, layer in enumerate(layers)
+            if isinstance(layer, nn.Conv2d) and max(layer.stride) > 1
+        ]
+        for start in range(max(strided, default=0), 0, -1):
+            before = {self._source, *(node.output for node in nodes[:start])}
+            crossing = before & {name for node in nodes[start:] for name in node.inputs}
+            if len(crossing) == 1 and self._source not in crossing:
+                (value,) = crossing
+                break
+        else:
+            return None
+        kept = next(i for i, node in enumerate(nodes[:start]) if node.output == value) + 1
+        early = OperatorGraph(nodes[:kept], layers[:kept], self._source).eval()
+        last = OperatorGraph(nodes[start:], layers[start:], value).eval()
+        with torch.inference_mode():
+            feature = early(torch.zeros(1, 3, self._size, self._size))
+        return StageCut(early, last, tuple(feature.shape[1:]))
 
     def _error(self, what: str, remedy: str = "") -> ConfigError:
         return ConfigError(what, where=self._where, remedy=remedy)

@@ -67,7 +67,7 @@ def assert_equal(one: SharedState, other: SharedState) -> None:
 # --- a round -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("trainable", ["neck", "all"])
+@pytest.mark.parametrize("trainable", ["neck", "last-stage", "all"])
 def test_training_lowers_the_loss(trainable: str) -> None:
     ensemble = build(trainable)
     learner, state = trainer(ensemble), read_shared_state(ensemble)
@@ -135,16 +135,18 @@ def test_the_first_time_a_round_draws_as_it_always_has() -> None:
     )
 
 
-def test_every_trained_tensor_changes() -> None:
-    ensemble = build()
+@pytest.mark.parametrize("trainable", ["neck", "last-stage", "all"])
+def test_every_trained_tensor_changes(trainable: str) -> None:
+    ensemble = build(trainable)
     start = read_shared_state(ensemble)
     new, _ = trainer(ensemble).run_round(start, 1)
     assert [name for name in new if (new[name] == start[name]).all()] == []
 
 
-def test_what_is_frozen_does_not_change() -> None:
-    ensemble = build()
-    neck, _, none = ensemble.members
+@pytest.mark.parametrize("trainable", ["neck", "last-stage"])
+def test_what_is_frozen_does_not_change(trainable: str) -> None:
+    ensemble = build(trainable, "none")
+    neck, none = ensemble.members
     frozen = {f"trunk/{k}": v.clone() for k, v in neck.trunk.state_dict().items()}
     frozen |= {f"none/{k}": v.clone() for k, v in none.state_dict().items()}
     trainer(ensemble).run_round(read_shared_state(ensemble), 1)
@@ -197,6 +199,15 @@ def test_preparing_computes_the_features_of_frozen_trunks_that_train(tmp_path: P
     learner.prepare()
     assert list(learner.features) == ["m-neck"]
     assert learner.features["m-neck"].shape[:2] == (8, QUICK.variants)
+
+
+def test_features_before_a_last_stage_are_cached_as_well(tmp_path: Path) -> None:
+    ensemble = build("last-stage")
+    learner = trainer(ensemble, cache=tmp_path)
+    learner.prepare()
+    shape = (8, QUICK.variants, *ensemble.members[0].feature_shape)
+    assert learner.features["m-last-stage"].shape == shape
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_members_are_in_evaluation_mode_after_a_round() -> None:
