@@ -339,7 +339,7 @@ def job_list(as_json: bool) -> None:
     "settings",
     multiple=True,
     metavar="KEY=VALUE",
-    help="For example rounds=10 or ensemble.members.0.training.epochs=2.",
+    help="For example rounds=10, ensemble.members.0.training.epochs=2 or preset=gestaltmatcher.",
 )
 def job_render(template: str, out: Path, settings: tuple[str, ...]) -> None:
     """Write TEMPLATE with your settings as a job folder that FLARE takes."""

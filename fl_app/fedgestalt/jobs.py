@@ -18,7 +18,9 @@ from pydantic import Field
 from fedgestalt import RESEARCH_USE_ONLY
 from fedgestalt.errors import ConfigError, nearest
 from fedgestalt.hooks.registry import Registry, read_options
+from fedgestalt.learning.presets import PRESETS
 from fedgestalt.learning.spec import EnsembleSpec, Spec, default_ensemble
+from fedgestalt.learning.weights import check_name
 
 _META, _SERVER, _CLIENT = (
     Path("meta.json"),
@@ -252,11 +254,20 @@ JobT = TypeVar("JobT", bound=JobSpec)
 def with_settings(job: JobT, settings: Mapping[str, str]) -> JobT:
     """Change a job by ``key=value`` pairs; keys are dotted, values YAML.
 
+    ``preset`` names settings of a training job to begin with, whatever the order of the pairs.
+
     Raises:
         ConfigError: a key is unknown or a value wrong.
     """
     fields: dict[str, Any] = job.model_dump(mode="json")
     where = f"settings of job {job.template}"
+    if isinstance(job, TrainingJob) and "preset" in settings:
+        settings = dict(settings)
+        name = settings.pop("preset")
+        if name not in PRESETS:
+            advice = nearest(name, PRESETS)
+            raise ConfigError(f"no preset is called {name!r}", where=where, remedy=advice)
+        fields |= {key: _plain(value) for key, value in PRESETS[name]().items()}
     for key, value in settings.items():
         place: Any = fields
         *parents, last = key.split(".")
@@ -270,6 +281,10 @@ def with_settings(job: JobT, settings: Mapping[str, str]) -> JobT:
         except (yaml.YAMLError, TypeError):
             raise ConfigError(f"{key!r} cannot be set to {value!r}", where=where) from None
     return read_options(type(job), fields, where=where)
+
+
+def _plain(value: Any) -> Any:
+    return value.model_dump(mode="json") if isinstance(value, Spec) else value
 
 
 def _descend(place: Any, part: str, key: str, where: str) -> Any:
@@ -286,7 +301,8 @@ def check_plugins(job: JobSpec, registry: Registry) -> None:
 
     Raises:
         PluginError: one is not installed here; server and sites will need it too.
-        ConfigError: a backbone does not take the options that the job gives it.
+        ConfigError: a backbone does not take the options that the job gives it, or they name
+            weights by a path.
     """
     if isinstance(job, MatchingJob):
         registry.matching.get(job.strategy)
@@ -294,7 +310,7 @@ def check_plugins(job: JobSpec, registry: Registry) -> None:
         for member in job.ensemble.members:
             options = registry.backbones.get(member.backbone).options
             where = f"options of ensemble member {member.name!r}"
-            read_options(options, member.options, where=where)
+            check_name(read_options(options, member.options, where=where), where)
 
 
 def render_job(job: JobSpec, folder: Path, name: str = "") -> None:

@@ -11,7 +11,8 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from fedgestalt.errors import ConfigError
 from fedgestalt.hooks.registry import Registry, read_options
 from fedgestalt.learning.augment import TEST_VARIANTS
 from fedgestalt.learning.spec import EnsembleSpec, MemberSpec
+from fedgestalt.learning.weights import find_weights, without_place
 
 SharedState = dict[str, NDArray[np.float32]]
 
@@ -41,7 +43,7 @@ class StagedNeck(nn.Module):
 
     def forward(self, feature: torch.Tensor) -> torch.Tensor:
         """Encode (n, *feature_shape); in small parts where nothing is learnt from the whole."""
-        parts = (feature,) if self.training else feature.split(_STAGED_AT_A_TIME)
+        parts = (feature,) if self.training else torch.split(feature, _STAGED_AT_A_TIME)
         if feature.ndim == 4:
             parts = tuple(p.contiguous(memory_format=torch.channels_last) for p in parts)
         encoded: torch.Tensor = torch.cat([self.neck(self.last_stage(part)) for part in parts])
@@ -88,11 +90,19 @@ class Member(nn.Module):
 
 @dataclass(frozen=True)
 class Ensemble:
-    """All members, for one number of classes."""
+    """All members, for one number of classes.
+
+    Attributes:
+        spec: its specification.
+        members: in the order of the encoding.
+        classes: of the classifier.
+        weights: files that it began from, by name.
+    """
 
     spec: EnsembleSpec
     members: tuple[Member, ...]
     classes: int
+    weights: Mapping[str, Path] = field(default_factory=dict)
 
     @property
     def encoding_size(self) -> int:
@@ -156,19 +166,26 @@ def build_ensemble(spec: EnsembleSpec, classes: int, registry: Registry) -> Ense
     Raises:
         PluginError: a backbone is not installed.
         ConfigError: its options are wrong, or it cannot train as the specification says.
+        SiteError: this machine lacks a weights file, or has one that does not fit.
     """
-    members = []
+    members, weights = [], {}
     for index, member in enumerate(spec.members):
         backbone = registry.backbones.get(member.backbone)
-        options = read_options(
-            backbone.options, member.options, where=f"options of ensemble member {member.name!r}"
-        )
-        modules = backbone.build(options, spec.seed + index)
+        where = f"ensemble member {member.name!r}"
+        options = read_options(backbone.options, member.options, where=f"options of {where}")
+        options = find_weights(options, registry, where)
+        path = getattr(options, "weights", None)
+        try:
+            modules = backbone.build(options, spec.seed + index)
+        except ConfigError as error:
+            raise without_place(error, path, where) if path else error from None
+        if path:
+            weights[path.name] = path
         if _keeps_norms(member) and not modules.weights_licence:
             raise ConfigError(
                 "batch_norm: local publishes the start's BatchNorm layers, and those of random"
                 " weights have seen no image",
-                where=f"ensemble member {member.name!r}",
+                where=where,
                 remedy="begin from pretrained weights, or set batch_norm: shared",
             )
         trunk, neck, feature_shape = _divided(member, modules)
@@ -186,7 +203,7 @@ def build_ensemble(spec: EnsembleSpec, classes: int, registry: Registry) -> Ense
                 modules.weights_licence,
             )
         )
-    return Ensemble(spec, tuple(members), classes)
+    return Ensemble(spec, tuple(members), classes, weights)
 
 
 def _divided(

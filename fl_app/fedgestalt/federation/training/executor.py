@@ -49,7 +49,6 @@ from fedgestalt.federation.training.rounds import (
     with_metrics,
 )
 from fedgestalt.federation.training.transcript import record_digest, round_record
-from fedgestalt.hooks import get_registry
 from fedgestalt.hooks.registry import read_options
 from fedgestalt.learning.data import held_out_set, local_seed, training_set
 from fedgestalt.learning.device import choose_device
@@ -137,7 +136,7 @@ class EnsembleTrainer(SiteExecutor):
         self._spec = read_options(
             EnsembleSpec, self._spec_fields, where="ensemble of the training job"
         )
-        registry = get_registry()
+        registry = self.registry
         self.settings.check_licences(weight_licences(self._spec, registry))
         self._roster = join.roster
         data = training_set(self.cohort)

@@ -22,6 +22,7 @@ from fedgestalt.learning.ensemble import (
 )
 from fedgestalt.learning.spec import EnsembleSpec
 from fedgestalt.learning.training import MemberMetrics
+from fedgestalt.learning.weights import weights_digest
 from fedgestalt.secagg import (
     Aggregate,
     CountPlan,
@@ -157,6 +158,7 @@ def training_facts(
         "classes": str(ensemble.classes),
         "start model": ensemble.start_digest,
         "number plan": plan.digest.hex(),
+        **{f"weights {name}": weights_digest(path) for name, path in ensemble.weights.items()},
     }
 
 

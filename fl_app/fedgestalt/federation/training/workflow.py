@@ -31,6 +31,7 @@ from fedgestalt.errors import (
     PeerError,
     RoundFailedError,
     ServerError,
+    SiteError,
 )
 from fedgestalt.federation.job.handshake import Present
 from fedgestalt.federation.job.identity import Trust
@@ -89,6 +90,8 @@ from fedgestalt.messages import Message, from_site
 from fedgestalt.secagg import AES, CHACHA20, MINIMUM_SITES, Recipient, SessionFacts, Words
 
 MAXIMUM_CLASSES = 1_000_000
+WEIGHTS_FOLDER = Path("fedgestalt") / "weights"
+"""In the server's workspace: files that jobs name to begin from."""
 _TRIES = 3
 """How often one round may fail before the job does."""
 
@@ -152,6 +155,7 @@ class EnsembleTrainingWorkflow(PhasedWorkflow):
         keep_no_large_blocks()
         workspace = fl_ctx.get_engine().get_workspace()
         self._checkpoints = ServerCheckpoints(Path(workspace.get_root_dir()) / CHECKPOINTS_FOLDER)
+        self._weights = Path(workspace.get_root_dir()) / WEIGHTS_FOLDER
         startup = Path(workspace.get_startup_kit_dir())
         # Sites prove themselves to each other; here it only tells whose fault a message is. The
         # simulator's server has no kit.
@@ -288,7 +292,7 @@ class EnsembleTrainingWorkflow(PhasedWorkflow):
         fl_ctx: FLContext,
     ) -> None:
         """Compare what the sites would start from, with the same built here."""
-        registry, chosen = get_registry(), self._aggregation
+        registry, chosen = get_registry().with_weights(self._weights), self._aggregation
 
         def own_facts(stated: Mapping[str, Present]) -> Mapping[str, str]:
             if self._agreed:  # by those who were there; whoever comes late must fit
@@ -297,7 +301,11 @@ class EnsembleTrainingWorkflow(PhasedWorkflow):
             count = counted.most_common(1)[0][0]
             if not count.isdecimal() or not 2 <= int(count) <= MAXIMUM_CLASSES:
                 return {}
-            ensemble = build_ensemble(self._spec, int(count), registry)
+            try:
+                ensemble = build_ensemble(self._spec, int(count), registry)
+            except (ConfigError, SiteError) as error:
+                error.where = f"server, {error.where}"
+                raise
             state = read_shared_state(ensemble)
             facts = training_facts(ensemble, state, self.roster, chosen, registry)
             self._outline = ensemble.outline()
