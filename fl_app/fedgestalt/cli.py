@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import click
+from pydantic import BaseModel
 
 from fedgestalt import RESEARCH_USE_ONLY, __version__
 from fedgestalt.errors import ConfigError, FedgestaltError, PluginError
@@ -459,7 +460,7 @@ def job_list(as_json: bool) -> None:
     "settings",
     multiple=True,
     metavar="KEY=VALUE",
-    help="For example rounds=10 or ensemble.members.0.training.epochs=2.",
+    help="For example rounds=10, ensemble.members.0.training.epochs=2 or preset=gestaltmatcher.",
 )
 def job_render(template: str, out: Path, settings: tuple[str, ...]) -> None:
     """Write TEMPLATE with your settings as a job folder that FLARE takes."""
@@ -494,10 +495,25 @@ def job_explain(folder: Path, as_json: bool) -> None:
         _as_json({"template": spec.template, "summary": spec.summary, "settings": fields})
         return
     click.echo(f"{spec.template}: {spec.summary}")
-    for name, info in type(spec).model_fields.items():
-        value = json.dumps(fields[name])
-        click.echo(f"  {name} = {value}" + (f"   # {info.description}" if info.description else ""))
+    for line in _settings(spec):
+        click.echo(f"  {line}")
     click.echo(RESEARCH_USE_ONLY)
+
+
+def _settings(spec: BaseModel, prefix: str = "") -> Iterator[str]:
+    """Key by key, as ``job render --set`` takes them, with what each means."""
+    fields = spec.model_dump(mode="json")
+    for name, info in type(spec).model_fields.items():
+        value = getattr(spec, name)
+        parts = {name: value}
+        if isinstance(value, tuple):
+            parts = {f"{name}.{index}": item for index, item in enumerate(value)}
+        if parts and all(isinstance(part, BaseModel) for part in parts.values()):
+            for key, part in parts.items():
+                yield from _settings(part, f"{prefix}{key}.")
+        else:
+            said = f"   # {info.description}" if info.description else ""
+            yield f"{prefix}{name} = {json.dumps(fields[name])}{said}"
 
 
 @job.command("watch")

@@ -11,11 +11,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 if TYPE_CHECKING:
     from torch import nn
@@ -34,6 +34,26 @@ class Options(BaseModel):
     """Base of a plugin's options: unknown keys are errors, values never change."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class FromWeights(Options):
+    """Base of the options of a backbone that can begin from a weights file.
+
+    In a job ``weights`` is the name of a file; :meth:`Backbone.build` gets its path on this
+    machine.
+    """
+
+    weights: Path | None = Field(
+        default=None, description="name of a file in each machine's weights folder"
+    )
+    weights_licence: str = Field(
+        default="NOASSERTION", min_length=1, description="SPDX expression of the weights file"
+    )
+    weights_sha256: str = Field(
+        default="",
+        pattern="^([0-9a-f]{64})?$",
+        description="digest of the weights file; empty: any that everybody has alike",
+    )
 
 
 @runtime_checkable
@@ -56,6 +76,10 @@ class Described(Protocol):
 # --- backbones -----------------------------------------------------------------------------------
 
 
+Channels = Literal["rgb", "bgr"]
+"""Order of an image's colours; images are RGB until a network wants them otherwise."""
+
+
 @dataclass(frozen=True)
 class InputSpec:
     """How a backbone wants its pixels.
@@ -67,7 +91,24 @@ class InputSpec:
     size: int = FACE_SIZE
     offset: float = 127.5
     scale: float = 127.5
-    channels: str = "rgb"
+    channels: Channels = "rgb"
+
+
+@dataclass(frozen=True)
+class StageCut:
+    """Where a trunk's last stage begins, so that it can train while all before it stays frozen.
+
+    Both parts are made of the trunk's own modules: ``last_stage(early(x))`` is ``trunk(x)``.
+
+    Attributes:
+        early: (n, 3, size, size) -> (n, *feature_shape).
+        last_stage: (n, *feature_shape) -> what the trunk gives.
+        feature_shape: of one feature between the two.
+    """
+
+    early: nn.Module
+    last_stage: nn.Module
+    feature_shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -81,6 +122,7 @@ class BackboneModules:
         feature_shape: shape of one feature.
         embedding_size: length of one encoding.
         weights_licence: SPDX expression of the start weights; empty if they are random.
+        cut: of the trunk; None if it has no last stage that could train alone.
     """
 
     trunk: nn.Module
@@ -89,6 +131,7 @@ class BackboneModules:
     feature_shape: tuple[int, ...]
     embedding_size: int
     weights_licence: str = ""
+    cut: StageCut | None = None
 
 
 @runtime_checkable

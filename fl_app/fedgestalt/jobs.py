@@ -18,7 +18,9 @@ from pydantic import Field
 from fedgestalt import RESEARCH_USE_ONLY
 from fedgestalt.errors import ConfigError, nearest
 from fedgestalt.hooks.registry import Registry, read_options
+from fedgestalt.learning.presets import PRESETS
 from fedgestalt.learning.spec import EnsembleSpec, Spec, default_ensemble
+from fedgestalt.learning.weights import check_name
 
 _META, _SERVER, _CLIENT = (
     Path("meta.json"),
@@ -30,7 +32,7 @@ _TRANSFER_LIMITS = ("streaming_idle_timeout", "np_streaming_per_request_timeout"
 """FLARE's limits for one array on the line; too short for large models on slow lines."""
 _OUR_WATCH_DECIDES = {"dead_client_grace_period": 1e9}
 """By itself, FLARE ends a job a minute after the death of a site that it names."""
-_AGGREGATOR = ("scope", "rule", "reveal_aggregate_to", "threat_model")
+_AGGREGATOR = ("scope", "rule", "reveal_aggregate_to", "threat_model", "server_momentum")
 """Fields of the training job that are the aggregator's arguments."""
 _TENSORBOARD = "nvflare.app_opt.tracking.tb.tb_receiver.TBAnalyticsReceiver"
 
@@ -107,6 +109,12 @@ class TrainingJob(JobSpec):
         default="malicious",
         description="what the server may do without learning more than the sum; honest-but-curious"
         " trusts it to follow the protocol, so that more sites may be lost",
+    )
+    server_momentum: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="how much of its last step the model takes again (FedAvgM); 0: none",
     )
     resume_from: str = Field(
         default="",
@@ -246,11 +254,20 @@ JobT = TypeVar("JobT", bound=JobSpec)
 def with_settings(job: JobT, settings: Mapping[str, str]) -> JobT:
     """Change a job by ``key=value`` pairs; keys are dotted, values YAML.
 
+    ``preset`` names settings of a training job to begin with, whatever the order of the pairs.
+
     Raises:
         ConfigError: a key is unknown or a value wrong.
     """
     fields: dict[str, Any] = job.model_dump(mode="json")
     where = f"settings of job {job.template}"
+    if isinstance(job, TrainingJob) and "preset" in settings:
+        settings = dict(settings)
+        name = settings.pop("preset")
+        if name not in PRESETS:
+            advice = nearest(name, PRESETS)
+            raise ConfigError(f"no preset is called {name!r}", where=where, remedy=advice)
+        fields |= {key: _plain(value) for key, value in PRESETS[name]().items()}
     for key, value in settings.items():
         place: Any = fields
         *parents, last = key.split(".")
@@ -264,6 +281,10 @@ def with_settings(job: JobT, settings: Mapping[str, str]) -> JobT:
         except (yaml.YAMLError, TypeError):
             raise ConfigError(f"{key!r} cannot be set to {value!r}", where=where) from None
     return read_options(type(job), fields, where=where)
+
+
+def _plain(value: Any) -> Any:
+    return value.model_dump(mode="json") if isinstance(value, Spec) else value
 
 
 def _descend(place: Any, part: str, key: str, where: str) -> Any:
@@ -280,7 +301,8 @@ def check_plugins(job: JobSpec, registry: Registry) -> None:
 
     Raises:
         PluginError: one is not installed here; server and sites will need it too.
-        ConfigError: a backbone does not take the options that the job gives it.
+        ConfigError: a backbone does not take the options that the job gives it, or they name
+            weights by a path.
     """
     if isinstance(job, MatchingJob):
         registry.matching.get(job.strategy)
@@ -288,7 +310,7 @@ def check_plugins(job: JobSpec, registry: Registry) -> None:
         for member in job.ensemble.members:
             options = registry.backbones.get(member.backbone).options
             where = f"options of ensemble member {member.name!r}"
-            read_options(options, member.options, where=where)
+            check_name(read_options(options, member.options, where=where), where)
 
 
 def render_job(job: JobSpec, folder: Path, name: str = "") -> None:

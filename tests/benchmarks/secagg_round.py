@@ -120,7 +120,7 @@ class Round:
         others = {name: peer for name, peer in peers.items() if name != site}
         return SiteSession(site, facts, peers[site], others)
 
-    def finish(self, threads: int = 1, into: Words | None = None) -> Words:
+    def finish(self, threads: int = 1) -> Words:
         """Survivors, endorsements, unmask shares, and the sum."""
         watch, server = self.watch, self.server
         survivors = watch("server", server.close)
@@ -131,7 +131,7 @@ class Round:
         for site in survivors.sites:
             shares = watch("messages", self.sites[site].unmask, endorsements)
             watch("server", server.accept_unmask, site, shares)
-        return watch("total", functools.partial(server.total, threads=threads, into=into))
+        return watch("total", functools.partial(server.total, threads=threads))
 
 
 def words_of(words: Words) -> Vector:

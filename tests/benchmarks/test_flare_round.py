@@ -2,7 +2,8 @@
 
 Training is replaced by a small change of every parameter, so that a round is what the federation
 itself costs. The same job runs with and without mask streams, in turn. The plain round is the one
-without streams, less the phases that only masking needs (keys, shares, survivors, unmask).
+without streams, less the phases that only masking needs (keys, shares, survivors, unmask). What the
+server does after a phase's last answer is no part of the phase: the plain round sums as well.
 """
 
 from __future__ import annotations
@@ -85,21 +86,25 @@ class Memory:
 
 
 def phases(folder: Path) -> list[dict[str, float]]:
-    """Seconds of each phase, round by round, from the server's progress log."""
+    """Seconds of each phase, and of the work after it, round by round, from the progress log."""
     found: list[dict[str, float]] = []
-    last: tuple[str, float] | None = None
+    name, since, missing = "", 0.0, 0
     for line in (folder / PROGRESS_FILE).read_text().splitlines():
         event = json.loads(line)
-        if event["event"] not in ("phase", "round"):
-            continue
-        if last and found:
-            found[-1][last[0]] = found[-1].get(last[0], 0.0) + event["time"] - last[1]
-        if event.get("phase") == "fgm_train":
-            found.append({})
-            last = ("fgm_train", event["time"])
-        else:
-            last = (event["phase"], event["time"]) if event["event"] == "phase" else None
-    return [{name: seconds for name, seconds in one.items() if name} for one in found if one]
+        if found and name:
+            found[-1][name] = found[-1].get(name, 0.0) + event["time"] - since
+        since = event["time"]
+        match event["event"]:
+            case "phase":
+                name, missing = event["phase"], event["sites"]
+                if name == "fgm_train":
+                    found.append({})
+            case "answer":
+                missing -= 1
+                name = name if missing else f"after {name}"
+            case _:
+                name = ""
+    return found
 
 
 @pytest.fixture(scope="module")

@@ -802,6 +802,7 @@ class Plain:
             Recipient(job.reveal_aggregate_to),
             ThreatModel(job.threat_model),
             job.max_images_per_site,
+            job.server_momentum,
         )
         classes = training_set(next(iter(self.silos.values()))).classes
         ensemble = build_ensemble(job.ensemble, classes, get_registry())
@@ -827,7 +828,8 @@ class Plain:
     def states(self, *rounds: Summed) -> list[SharedState]:
         """The model before the first round, and after each."""
         states = [self.start]
-        aggregated = self.aggregation.shared(self.start)
+        aggregated = self.aggregation.shared(self.start, self.job.ensemble)
+        velocity: dict[str, Any] = {}
         model = dict(aggregated)
         rest = {name: v for name, v in self.start.items() if name not in aggregated}
         own = {site: dict(rest) for site in self.silos}
@@ -844,7 +846,12 @@ class Plain:
             aggregate = plan.decode(total)
             if self.aggregation.recipient is Recipient.SERVER:
                 ranges = next_ranges(ranges, aggregate)
-            model = {name: values + aggregate.mean[name] for name, values in model.items()}
+            for name, values in model.items():
+                step = aggregate.mean[name]
+                if self.aggregation.momentum and "running_" not in name:
+                    last = velocity.get(name, np.zeros_like(step))
+                    step = velocity[name] = last * np.float32(self.aggregation.momentum) + step
+                model[name] = values + step
             states.append({**rest, **model})
         return states
 
@@ -854,7 +861,8 @@ class Plain:
 
     def first_plan(self) -> NumberPlan:
         """Of the first round, with all sites in the session."""
-        ranges = first_ranges(self.aggregation.shared(self.start), self.job.ensemble)
+        shared = self.aggregation.shared(self.start, self.job.ensemble)
+        ranges = first_ranges(shared, self.job.ensemble)
         return self._plan(ranges, len(self.silos))
 
     def first_sum(self) -> NDArray[np.uint32]:
@@ -872,7 +880,7 @@ class Plain:
 
     def _plan(self, ranges: Mapping[str, float], sites: int) -> NumberPlan:
         return number_plan(
-            shapes_of(self.aggregation.shared(self.start)),
+            shapes_of(self.aggregation.shared(self.start, self.job.ensemble)),
             exponents_of(ranges),
             sites,
             self.aggregation,

@@ -96,9 +96,9 @@ def test_what_the_server_opens_is_the_sum_only_if_it_may_learn_it(
     opened: list[NDArray[np.uint32]] = []
 
     class Looking(EnsembleTrainingWorkflow):
-        def _collect_receipts(self, sum_: Opened, expected: bytes) -> dict[str, bytes]:
-            opened.append(sum_.words.copy())
-            return super()._collect_receipts(sum_, expected)
+        def _apply(self, number: int, sum_: Opened) -> dict[str, object]:
+            opened.append(sum_._words[0].copy())
+            return super()._apply(number, sum_)
 
     consortium = Consortium(tmp_path, source=four_sites)
     run = consortium.run(job.model_copy(update={"rounds": 1}), workflow=Looking)

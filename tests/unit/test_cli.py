@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -28,7 +29,8 @@ from fedgestalt.cohort import (
     write_cohort,
 )
 from fedgestalt.contracts import Progress
-from fedgestalt.jobs import JOBS, MatchingJob, TrainingJob, read_job
+from fedgestalt.jobs import JOBS, MatchingJob, TrainingJob, read_job, with_settings
+from fedgestalt.learning.spec import MemberSpec, TrainingSpec
 
 DIGEST = "0123456789abcdef" * 4
 TRAIN_TABLE = Path("gmdb_metadata/gmdb_train_images_v1.csv")
@@ -412,6 +414,22 @@ def test_a_job_is_explained_key_by_key(rendered: Path) -> None:
     assert f'  ensemble = "{DIGEST}"   # digest of a published ensemble\n' in said
     assert all(f"  {name} = " in said for name in MatchingJob.model_fields)
     assert said.endswith(f"{fedgestalt.RESEARCH_USE_ONLY}\n")
+
+
+def test_every_key_of_a_training_job_is_explained_as_it_can_be_set(tmp_path: Path) -> None:
+    done("job", "render", "train_ensemble", "--out", tmp_path / "job")
+    said = done("job", "explain", tmp_path / "job")
+    shown = re.findall(r"^  (\S+) = (.+?)(?:   # .+)?$", said, re.M)
+    keys = dict(shown)
+    assert keys.keys() >= TrainingJob.model_fields.keys() - {"ensemble"}
+    for index in range(3):
+        prefix = f"ensemble.members.{index}."
+        assert {prefix + name for name in MemberSpec.model_fields} - {prefix + "training"} < set(
+            keys
+        )
+        assert {f"{prefix}training.{name}" for name in TrainingSpec.model_fields} < set(keys)
+    assert "  server_momentum = 0.0   # how much of its last step" in said
+    assert with_settings(TrainingJob(), dict(shown)) == TrainingJob()
 
 
 def test_a_job_is_explained_as_json(rendered: Path) -> None:

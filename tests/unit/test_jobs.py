@@ -17,7 +17,8 @@ from nvflare.apis.impl.controller import Controller
 from nvflare.app_common.abstract.aggregator import Aggregator
 from nvflare.app_common.default_component_policy import DEFAULT_CLASS_ALLOW_LIST
 
-from fedgestalt.errors import ConfigError, FedgestaltError
+from fedgestalt.errors import ConfigError, FedgestaltError, SiteError
+from fedgestalt.federation.site.settings import SiteSettings
 from fedgestalt.federation.training.aggregator import ZeroSumMaskAggregator
 from fedgestalt.hooks import get_registry
 from fedgestalt.jobs import (
@@ -32,6 +33,7 @@ from fedgestalt.jobs import (
     template_folder,
     with_settings,
 )
+from fedgestalt.learning.presets import PRESETS
 from fedgestalt.learning.spec import EnsembleSpec, MemberSpec, TrainingSpec
 
 SERVER, CLIENT = "app/config/config_fed_server.json", "app/config/config_fed_client.json"
@@ -54,13 +56,16 @@ training = st.builds(
     batch_size=st.integers(2, 64),
     learning_rate=st.floats(1e-6, 1),
     dropout=st.floats(0, 0.9),
+    proximal=st.floats(0, 10),
+    softmax=st.sampled_from(["all", "present"]),
+    batch_norm=st.sampled_from(["shared", "local"]),
 )
 members = st.builds(
     MemberSpec,
     name=st.from_regex(r"[a-z0-9][a-z0-9_-]{0,5}", fullmatch=True),
     backbone=st.sampled_from(["sface", "iresnet"]),
     options=st.dictionaries(st.sampled_from(["depth", "width"]), st.integers(1, 100)),
-    trainable=st.sampled_from(["none", "neck", "all"]),
+    trainable=st.sampled_from(["none", "neck", "last-stage", "all"]),
     training=training,
 )
 ensembles = st.builds(
@@ -78,6 +83,7 @@ jobs = st.builds(
     rule=st.sampled_from(["mean", "class-weighted"]),
     reveal_aggregate_to=st.sampled_from(["server", "sites"]),
     threat_model=st.sampled_from(["malicious", "honest-but-curious"]),
+    server_momentum=st.floats(0, 1, exclude_max=True),
     resume_from=st.from_regex(r"[A-Za-z0-9-]{0,64}", fullmatch=True),
     **common,
 ) | st.builds(
@@ -152,6 +158,7 @@ def test_how_a_job_aggregates_is_said_to_the_aggregator_alone(tmp_path: Path) ->
         "rule": "class-weighted",
         "reveal_aggregate_to": "sites",
         "threat_model": "honest-but-curious",
+        "server_momentum": 0.5,
     }
     render_job(TrainingJob(**said), tmp_path / "job")
     assert aggregator(tmp_path / "job")["args"] == said
@@ -247,6 +254,7 @@ def test_flare_can_build_the_aggregator_of_every_training(job: JobSpec) -> None:
     assert (chosen.scope, chosen.rule) == (job.scope, job.rule)
     assert (chosen.recipient, chosen.threat_model) == (job.reveal_aggregate_to, job.threat_model)
     assert chosen.max_weight == job.max_images_per_site
+    assert chosen.momentum == job.server_momentum
 
 
 def test_a_job_says_nothing_of_a_sites_folders(folder: Path) -> None:
@@ -282,6 +290,60 @@ def test_a_whole_item_of_a_list_can_be_set() -> None:
     job = with_settings(TrainingJob(), {"ensemble.members.0": member})
     assert job.ensemble.members[0] == MemberSpec(name="tiny", backbone="iresnet", trainable="all")
     assert job.ensemble.members[1:] == TrainingJob().ensemble.members[1:]
+
+
+def test_a_preset_is_the_published_ensemble_and_can_be_changed_in_any_order() -> None:
+    changes = {"ensemble.members.1.training.epochs": "7", "preset": "gestaltmatcher"}
+    job = with_settings(TrainingJob(), changes)
+    assert (job.rounds, job.rounds * job.ensemble.members[0].training.epochs) == (10, 50)
+    m0, m1, m2 = job.ensemble.members
+    assert (m0.name, m0.trainable, m0.options["weights"]) == ("m0", "neck", "glint360k_r50.onnx")
+    assert (m1.name, m1.trainable, m1.options["weights"]) == ("m1", "neck", "glint360k_r100.onnx")
+    assert (m2.trainable, m2.options) == ("none", m1.options)
+    one, other = m0.training, m1.training
+    assert (one.batch_size, one.learning_rate, one.head_learning_rate) == (64, 5e-4, 1e-3)
+    assert (one.weight_decay, one.head_weight_decay, one.dropout) == (5e-5, 5e-4, 0.5)
+    assert (other.batch_size, other.learning_rate, other.head_learning_rate) == (128, 1e-3, 1e-3)
+    assert (other.weight_decay, other.head_weight_decay, other.epochs) == (0, 5e-4, 7)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_names_installed_plugins_and_survives_its_folder(
+    name: str, tmp_path: Path
+) -> None:
+    job = with_settings(TrainingJob(), {"preset": name})
+    check_plugins(job, get_registry())
+    render_job(job, tmp_path / "job")
+    assert read_job(tmp_path / "job") == job
+    guide = template_folder().parent / "docs/how-to/choose-what-trains.md"
+    assert f"`preset={name}`" in guide.read_text()
+
+
+def test_weights_for_research_alone_are_used_by_no_site_that_does_not_say_so() -> None:
+    job = with_settings(TrainingJob(), {"preset": "gestaltmatcher"})
+    licences = {m.name: m.options["weights_licence"] for m in job.ensemble.members}
+    settings = SiteSettings(data="d", store="s")
+    with pytest.raises(SiteError, match="may not use weights under LicenseRef-InsightFace"):
+        settings.check_licences(licences)
+
+
+def test_an_unknown_preset_names_the_nearest() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'gestaltmatcher'"):
+        with_settings(TrainingJob(), {"preset": "gestaltmacher"})
+
+
+def test_a_matching_job_has_no_preset() -> None:
+    with pytest.raises(ConfigError, match="unknown key 'preset'"):
+        with_settings(MatchingJob(), {"preset": "gestaltmatcher"})
+
+
+@pytest.mark.parametrize("weights", ["/srv/models/net.onnx", "../net.onnx", "a/b.onnx", ".net", ""])
+def test_a_job_names_weights_by_no_path(weights: str) -> None:
+    options = {"weights": weights}
+    member = MemberSpec(name="a", backbone="arcface-onnx", options=options)
+    job = TrainingJob(ensemble=EnsembleSpec(members=(member,)))
+    with pytest.raises(ConfigError, match="is not the name of a file; name the file alone"):
+        check_plugins(job, get_registry())
 
 
 def test_no_settings_change_nothing() -> None:
@@ -325,6 +387,12 @@ def test_an_unknown_key_names_the_nearest_known_one(key: str, advice: str) -> No
         ("rule", "median"),
         ("reveal_aggregate_to", "nobody"),
         ("threat_model", "angelic"),
+        ("server_momentum", "1.0"),
+        ("server_momentum", "-0.1"),
+        ("server_momentum", ".nan"),
+        ("ensemble.members.0.training.proximal", "-1"),
+        ("ensemble.members.0.training.softmax", "some"),
+        ("ensemble.members.0.training.batch_norm", "global"),
         ("resume_from", "../x"),
         ("resume_from", "a b"),
         ("resume_from", "5"),

@@ -30,6 +30,7 @@ from fedgestalt.messages import (
     message_by_site,
     octets,
     octets_by_site,
+    real,
     several,
     size_of,
     text,
@@ -64,6 +65,7 @@ class Everything(Message):
     offers: Mapping[str, Inner] = message_by_site(Inner, 2)
     name: str = text(10)
     count: int = integer(1, 9)
+    share: float = real(0, 1)
     matrix: NDArray[np.float32] = array("float32", 2)
     words: NDArray[np.uint64] = array("uint64", 1)
     keys: Mapping[str, bytes] = octets_by_site(2)
@@ -87,6 +89,7 @@ def good(**changes: Any) -> dict[str, Any]:
         "offers": {"bonn": inner(), "berlin": inner(sites=())},
         "name": "bonn",
         "count": 3,
+        "share": 0.25,
         "matrix": np.eye(2, dtype=np.float32),
         "words": np.arange(3, dtype=np.uint64),
         "keys": {"bonn": b"ab", "berlin": b"cd"},
@@ -507,3 +510,28 @@ def test_a_text_that_is_no_unicode_has_a_size() -> None:
 def test_the_size_of_a_whole_message_counts_names_and_values() -> None:
     fields = Facts({"a": "xy"}).to_fields()
     assert size_of(fields) == len("schema" + "test.facts/1" + "facts" + "a" + "xy")
+
+
+# --- real numbers --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [0.0, 0.5, 1.0])
+def test_a_real_number_within_its_bounds_is_taken(value: float) -> None:
+    assert decode(good(share=value)).share == value
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (-0.5, "is -0.5, not in 0..1"),
+        (1.5, "is 1.5, not in 0..1"),
+        (float("nan"), "is nan, not in 0..1"),
+        (float("inf"), "is inf, not in 0..1"),
+        (1, "is int, not float"),
+        (True, "is bool, not float"),
+        ("0.5", "is str, not float"),
+    ],
+)
+def test_any_other_real_number_is_refused(value: object, said: str) -> None:
+    with pytest.raises(Chosen, match=f"field 'share' {said}"):
+        decode(good(share=value))

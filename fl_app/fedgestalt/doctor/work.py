@@ -92,8 +92,9 @@ def work_of(job: TrainingJob, ensemble: Ensemble, cohort: Cohort, device: torch.
         Recipient(job.reveal_aggregate_to),
         ThreatModel(job.threat_model),
         job.max_images_per_site,
+        job.server_momentum,
     )
-    shared = aggregation.shared(state)
+    shared = aggregation.shared(state, ensemble.spec)
     exponents = exponents_of(first_ranges(shared, ensemble.spec))
     plan = number_plan(
         shapes_of(shared),

@@ -11,10 +11,12 @@ Rules:
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 import importlib.metadata
 import logging
+import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -139,12 +141,19 @@ class Registry:
 
     Args:
         entry_points: where to look; the installed ones of the group ``fedgestalt`` by default.
+
+    Attributes:
+        problems: plugins that were left out.
+        weights: folder of weights files that jobs name; from ``FEDGESTALT_WEIGHTS`` unless
+            :meth:`with_weights` says another.
     """
 
     def __init__(self, entry_points: Iterable[importlib.metadata.EntryPoint] | None = None) -> None:
         if entry_points is None:
             entry_points = importlib.metadata.entry_points(group=specs.ENTRY_POINT_GROUP)
         self.problems: list[Problem] = []
+        named = os.environ.get("FEDGESTALT_WEIGHTS")
+        self.weights = Path(named) if named else None
         self._manager = pluggy.PluginManager(specs.ENTRY_POINT_GROUP)
         self._manager.add_hookspecs(specs)
         self._origin: dict[str, tuple[str, str, str]] = {}
@@ -165,6 +174,12 @@ class Registry:
             log.warning(
                 "plugin %s of %s left out: %s", problem.plugin, problem.distribution, problem.reason
             )
+
+    def with_weights(self, folder: Path | None) -> Registry:
+        """The same plugins, with another folder for weights files."""
+        other = copy.copy(self)
+        other.weights = folder
+        return other
 
     def entries(self) -> list[Entry[Described]]:
         """Every usable plugin, by kind and name."""

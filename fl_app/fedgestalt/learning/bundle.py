@@ -12,8 +12,8 @@ one::
     LICENSE
 
 Frozen tensors and weights files are left out where the licence of the start weights does not allow
-to pass them on, or the site does not want to; the backbone's plugin must bring them then. Whatever
-comes from where, the digest of the whole model must be the one that was published.
+to pass them on, or the site does not want to; the reader's weights folder must have the files then.
+Whatever comes from where, the digest of the whole model must be the one that was published.
 """
 
 from __future__ import annotations
@@ -22,16 +22,15 @@ import hashlib
 import json
 import shutil
 import tempfile
-import typing
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, Field, model_validator
+from pydantic import Field, model_validator
 from safetensors import SafetensorError, safe_open
 
 from fedgestalt import RESEARCH_USE_ONLY, __version__
@@ -41,7 +40,6 @@ from fedgestalt.learning.ensemble import (
     Ensemble,
     Member,
     build_ensemble,
-    model_digest,
     read_shared_state,
     write_shared_state,
 )
@@ -66,11 +64,11 @@ class Manifest(Spec):
         fedgestalt: version that wrote it.
         digest: of the whole model.
         classes: of the classifier.
-        spec: without paths that the bundle replaces.
-        spec_digest: of the original specification.
+        spec: of the ensemble.
         licences: of the start weights, by member.
         frozen: where in the file of frozen tensors a member's are, by member.
-        start: files of the bundle by member and option.
+        start: names of weights files in the bundle.
+        began: digests of the trunks that trained, as they were before, by member.
         files: SHA-256 of each file, hexadecimal.
     """
 
@@ -79,15 +77,15 @@ class Manifest(Spec):
     digest: str = Field(pattern="^[0-9a-f]{64}$")
     classes: int = Field(ge=1)
     spec: EnsembleSpec
-    spec_digest: str
     licences: dict[str, str]
     frozen: dict[str, str]
-    start: dict[str, dict[str, str]]
+    start: tuple[str, ...]
+    began: dict[str, str]
     files: dict[str, str]
 
     @model_validator(mode="after")
     def _names_what_is_there(self) -> Self:
-        needed = {TRAINED, *(place for files in self.start.values() for place in files.values())}
+        needed = {TRAINED, *(f"{START}/{name}" for name in self.start)}
         if not needed <= self.files.keys():
             message = "a file that is needed is not listed"
             raise ValueError(message)
@@ -114,13 +112,13 @@ class _Frozen:
     Attributes:
         tensors: by name in the file.
         prefixes: of each member's tensors; members with one trunk share them.
-        start: weights files by member and option.
+        start: weights files by name.
         left_out: why a member's are not there.
     """
 
     tensors: dict[str, NDArray[np.float32]] = field(default_factory=dict)
     prefixes: dict[str, str] = field(default_factory=dict)
-    start: dict[str, dict[str, Path]] = field(default_factory=dict)
+    start: dict[str, Path] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
 
 
@@ -160,7 +158,7 @@ def write_bundle(
         holder = Path(tempfile.mkdtemp(dir=out.parent, prefix=".bundle-"))
         try:
             folder = holder / "bundle"
-            _fill(folder, ensemble, digest, registry, facts, licence, frozen)
+            _fill(folder, ensemble, digest, facts, licence, frozen)
             if out.suffix == ".zip":
                 packed = holder / "bundle.zip"
                 _pack(folder, packed)
@@ -194,37 +192,22 @@ def _collect(ensemble: Ensemble, registry: Registry, with_frozen: bool) -> _Froz
             prefix = prefix_of.setdefault(content, name)
             found.prefixes[name] = prefix
             found.tensors.update({f"{prefix}/{key}": values for key, values in state.items()})
-            files = _weights_files(member.spec, registry)
-            if files:
-                found.start[name] = files
+            if _needs_weights(member.spec, registry):
+                file = str(member.spec.options["weights"])
+                found.start[file] = ensemble.weights[file]
     return found
 
 
-def _weights_files(spec: MemberSpec, registry: Registry) -> dict[str, Path]:
-    """Files that the backbone cannot be built without, by option."""
-    fields = registry.backbones.get(spec.backbone).options.model_fields
-    return {
-        name: Path(spec.options[name])
-        for name in _path_options(spec, registry)
-        if fields[name].is_required() and name in spec.options
-    }
-
-
-def _path_options(spec: MemberSpec, registry: Registry) -> list[str]:
-    """Options of the member's backbone that name a file."""
-    model: type[BaseModel] = registry.backbones.get(spec.backbone).options
-    return [
-        name
-        for name, info in model.model_fields.items()
-        if Path in (info.annotation, *typing.get_args(info.annotation))
-    ]
+def _needs_weights(spec: MemberSpec, registry: Registry) -> bool:
+    """Whether the backbone cannot be built without its weights file."""
+    info = registry.backbones.get(spec.backbone).options.model_fields.get("weights")
+    return info is not None and info.is_required()
 
 
 def _fill(
     folder: Path,
     ensemble: Ensemble,
     digest: str,
-    registry: Registry,
     facts: CardFacts,
     licence: str,
     frozen: _Frozen,
@@ -234,13 +217,9 @@ def _fill(
     write_tensors(folder / TRAINED, read_shared_state(ensemble))
     if frozen.tensors:
         write_tensors(folder / FROZEN, frozen.tensors)
-    start: dict[str, dict[str, str]] = {}
-    for member, files in frozen.start.items():
-        for option, path in files.items():
-            place = f"{START}/{member}-{option}{path.suffix}"
-            (folder / START).mkdir(exist_ok=True)
-            shutil.copyfile(path, folder / place)
-            start.setdefault(member, {})[option] = place
+    for name, path in frozen.start.items():
+        (folder / START).mkdir(exist_ok=True)
+        shutil.copyfile(path, folder / START / name)
     (folder / METADATA).write_text(
         json.dumps(metadata(ensemble, digest, facts), indent=2), encoding="utf-8"
     )
@@ -252,11 +231,11 @@ def _fill(
         fedgestalt=__version__,
         digest=digest,
         classes=ensemble.classes,
-        spec=_without_paths(ensemble.spec, registry, frozen.prefixes),
-        spec_digest=ensemble.spec.digest,
+        spec=ensemble.spec,
         licences=ensemble.licences,
         frozen=frozen.prefixes,
-        start=start,
+        start=tuple(frozen.start),
+        began={m.spec.name: m.trunk_digest for m in ensemble.members if not m.trunk_is_frozen},
         files={
             str(path.relative_to(folder)): _file_digest(path)
             for path in sorted(folder.rglob("*"))
@@ -265,16 +244,6 @@ def _fill(
     )
     content = {"schema": SCHEMA, **manifest.model_dump(mode="json")}
     (folder / MANIFEST).write_text(json.dumps(content, indent=2), encoding="utf-8")
-
-
-def _without_paths(spec: EnsembleSpec, registry: Registry, carried: Iterable[str]) -> EnsembleSpec:
-    """The specification without paths of files whose content the bundle carries."""
-    members = []
-    for member in spec.members:
-        paths = _path_options(member, registry) if member.name in carried else []
-        options = {name: value for name, value in member.options.items() if name not in paths}
-        members.append(member.model_copy(update={"options": options}))
-    return spec.model_copy(update={"members": tuple(members)})
 
 
 def _file_digest(path: Path) -> str:
@@ -337,7 +306,7 @@ def _open(folder: Path, place: Path, registry: Registry) -> Bundle:
         write_shared_state(ensemble, state)
     except ConfigError as error:
         raise _fault(place, error.what) from None
-    digest = model_digest(manifest.spec_digest, ensemble.outline().frozen, state)
+    digest = ensemble.digest(state)
     if digest != manifest.digest:
         raise ConfigError(
             "the model does not have the digest it names",
@@ -364,27 +333,35 @@ def _read_manifest(folder: Path, place: Path) -> Manifest:
 
 
 def _build(folder: Path, place: Path, manifest: Manifest, registry: Registry) -> Ensemble:
-    spec, carried, members = manifest.spec, manifest.frozen, []
-    for member in spec.members:
-        paths = {o: str(folder / p) for o, p in manifest.start.get(member.name, {}).items()}
-        members.append(member.model_copy(update={"options": member.options | paths}))
-    try:
-        built = build_ensemble(
-            spec.model_copy(update={"members": tuple(members)}), manifest.classes, registry
-        )
-    except ConfigError as error:
-        if set(carried) >= {member.name for member in members}:
-            raise
-        error.remedy = (
-            "the bundle does not contain all start weights: its docs/README.md says why, and which"
-            " to get"
-        )
-        raise
+    spec, carried = manifest.spec, manifest.frozen
     frozen = _read_tensors(folder / FROZEN) if FROZEN in manifest.files else {}
-    for ready in built.members:
-        if ready.spec.name in carried:
-            _load(ready, frozen, carried[ready.spec.name], manifest, place)
-    return Ensemble(spec, built.members, built.classes)
+    members, weights = [], dict[str, Path]()
+    for number, member in enumerate(spec.members):
+        own = registry
+        if member.name in carried and _needs_weights(member, registry):
+            own = registry.with_weights(folder / START)
+        elif member.name in carried:  # built at random, then overwritten
+            options = {n: v for n, v in member.options.items() if n != "weights"}
+            shared = member.training.model_copy(update={"batch_norm": "shared"})
+            member = member.model_copy(update={"options": options, "training": shared})
+        try:
+            alone = EnsembleSpec(members=(member,), seed=spec.seed + number)
+            built = build_ensemble(alone, manifest.classes, own)
+        except (ConfigError, SiteError) as error:
+            if member.name not in carried:
+                error.remedy = (
+                    "the bundle does not contain these start weights: its docs/README.md says why;"
+                    " put the file into the folder that FEDGESTALT_WEIGHTS names"
+                )
+            raise
+        (ready,) = built.members
+        ready.spec = spec.members[number]
+        if member.name in carried:
+            _load(ready, frozen, carried[member.name], manifest, place)
+            ready.trunk_digest = manifest.began.get(member.name, ready.trunk_digest)
+        members.append(ready)
+        weights.update(built.weights)
+    return Ensemble(spec, tuple(members), manifest.classes, weights)
 
 
 def _load(

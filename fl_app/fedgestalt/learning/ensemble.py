@@ -9,28 +9,52 @@ travels: it would tell how many images a site has.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from fedgestalt.contracts import InputSpec
+from fedgestalt.contracts import BackboneModules, InputSpec
 from fedgestalt.errors import ConfigError
 from fedgestalt.hooks.registry import Registry, read_options
 from fedgestalt.learning.augment import TEST_VARIANTS
 from fedgestalt.learning.spec import EnsembleSpec, MemberSpec
+from fedgestalt.learning.weights import find_weights, without_place
 
 SharedState = dict[str, NDArray[np.float32]]
 
 _MEAN, _VARIANCE, _SECOND_MOMENT = "running_mean", "running_var", "running_second_moment"
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+_STAGED_AT_A_TIME = 64
+"""Images: maps of a last stage are larger than its features."""
+
+
+class StagedNeck(nn.Module):
+    """The last stage of a trunk and the neck behind it, which train together."""
+
+    def __init__(self, last_stage: nn.Module, neck: nn.Module) -> None:
+        super().__init__()
+        self.last_stage, self.neck = last_stage, neck
+
+    def forward(self, feature: torch.Tensor) -> torch.Tensor:
+        """Encode (n, *feature_shape); in small parts where nothing is learnt from the whole."""
+        parts = (feature,) if self.training else torch.split(feature, _STAGED_AT_A_TIME)
+        if feature.ndim == 4:
+            parts = tuple(p.contiguous(memory_format=torch.channels_last) for p in parts)
+        encoded: torch.Tensor = torch.cat([self.neck(self.last_stage(part)) for part in parts])
+        return encoded
 
 
 class Member(nn.Module):
-    """One network: trunk, neck and, while training, a classifier on the encoding."""
+    """One network: trunk, neck and, while training, a classifier on the encoding.
+
+    Where the last stage trains, ``trunk`` is what comes before it, and ``neck`` begins with it.
+    """
 
     def __init__(
         self,
@@ -82,8 +106,8 @@ class Member(nn.Module):
     @property
     def trained_parts(self) -> dict[str, nn.Module]:
         """The modules that training changes, by name; empty for an untouched member."""
-        parts = {"none": (), "neck": ("neck", "head"), "all": ("trunk", "neck", "head")}
-        return {name: getattr(self, name) for name in parts[self.spec.trainable]}
+        parts = {"none": (), "all": ("trunk", "neck", "head")}
+        return {n: getattr(self, n) for n in parts.get(self.spec.trainable, ("neck", "head"))}
 
     @property
     def trunk_is_frozen(self) -> bool:
@@ -93,11 +117,19 @@ class Member(nn.Module):
 
 @dataclass(frozen=True)
 class Ensemble:
-    """All members, for one number of classes."""
+    """All members, for one number of classes.
+
+    Attributes:
+        spec: its specification.
+        members: in the order of the encoding.
+        classes: of the classifier.
+        weights: files that it began from, by name.
+    """
 
     spec: EnsembleSpec
     members: tuple[Member, ...]
     classes: int
+    weights: Mapping[str, Path] = field(default_factory=dict)
 
     @property
     def encoding_size(self) -> int:
@@ -151,15 +183,8 @@ class Outline:
 
     def digest(self, state: Mapping[str, NDArray[np.float32]]) -> str:
         """SHA-256 over the frozen parts and a shared state, hexadecimal."""
-        return model_digest(self.spec.digest, self.frozen, state)
-
-
-def model_digest(
-    spec_digest: str, frozen: Sequence[str], state: Mapping[str, NDArray[np.float32]]
-) -> str:
-    """Digest of a model from those of its parts; see :class:`Outline`."""
-    parts = "|".join([spec_digest, *frozen, shared_state_digest(state).hex()])
-    return hashlib.sha256(parts.encode()).hexdigest()
+        parts = "|".join([self.spec.digest, *self.frozen, shared_state_digest(state).hex()])
+        return hashlib.sha256(parts.encode()).hexdigest()
 
 
 def build_ensemble(spec: EnsembleSpec, classes: int, registry: Registry) -> Ensemble:
@@ -167,30 +192,61 @@ def build_ensemble(spec: EnsembleSpec, classes: int, registry: Registry) -> Ense
 
     Raises:
         PluginError: a backbone is not installed.
-        ConfigError: its options are wrong.
+        ConfigError: its options are wrong, or it cannot train as the specification says.
+        SiteError: this machine lacks a weights file, or has one that does not fit.
     """
-    members = []
+    members, weights = [], {}
     for index, member in enumerate(spec.members):
         backbone = registry.backbones.get(member.backbone)
-        options = read_options(
-            backbone.options, member.options, where=f"options of ensemble member {member.name!r}"
-        )
-        modules = backbone.build(options, spec.seed + index)
+        where = f"ensemble member {member.name!r}"
+        options = read_options(backbone.options, member.options, where=f"options of {where}")
+        options = find_weights(options, registry, where)
+        path = getattr(options, "weights", None)
+        try:
+            modules = backbone.build(options, spec.seed + index)
+        except ConfigError as error:
+            raise without_place(error, path, where) if path else error from None
+        if path:
+            weights[path.name] = path
+        if _keeps_norms(member) and not modules.weights_licence:
+            raise ConfigError(
+                "batch_norm: local publishes the start's BatchNorm layers, and those of random"
+                " weights have seen no image",
+                where=where,
+                remedy="begin from pretrained weights, or set batch_norm: shared",
+            )
+        trunk, neck, feature_shape = _divided(member, modules)
         dropout = nn.Dropout(member.training.dropout)
         head = nn.Sequential(dropout, _linear(modules.embedding_size, classes, spec.seed + index))
         members.append(
             Member(
                 member,
-                modules.trunk.eval(),
-                modules.neck.eval(),
+                trunk.eval(),
+                neck.eval(),
                 head.eval(),
                 modules.input,
-                modules.feature_shape,
+                feature_shape,
                 modules.embedding_size,
                 modules.weights_licence,
             )
         )
-    return Ensemble(spec, tuple(members), classes)
+    return Ensemble(spec, tuple(members), classes, weights)
+
+
+def _divided(
+    member: MemberSpec, modules: BackboneModules
+) -> tuple[nn.Module, nn.Module, tuple[int, ...]]:
+    """Trunk, neck and the shape of a feature between them."""
+    if member.trainable != "last-stage":
+        return modules.trunk, modules.neck, modules.feature_shape
+    cut = modules.cut
+    if cut is None:
+        raise ConfigError(
+            f"backbone {member.backbone!r} does not say where its last stage begins",
+            where=f"ensemble member {member.name!r}",
+            remedy="set trainable to neck or all",
+        )
+    return cut.early, StagedNeck(cut.last_stage, modules.neck), cut.feature_shape
 
 
 def _linear(inputs: int, outputs: int, seed: int) -> nn.Linear:
@@ -261,6 +317,32 @@ def write_shared_state(ensemble: Ensemble, state: Mapping[str, NDArray[np.float3
 def is_classifier(name: str) -> bool:
     """Whether a tensor of the shared state belongs to a member's classifier; rows are classes."""
     return name.split("/")[1] == "head"
+
+
+def is_statistic(name: str) -> bool:
+    """Whether a tensor of the shared state is a running statistic, which follows the data."""
+    return name.endswith((_MEAN, _SECOND_MOMENT))
+
+
+def local_norms(spec: EnsembleSpec, names: Iterable[str]) -> frozenset[str]:
+    """Tensors of BatchNorm layers that stay at the site (``batch_norm: local``).
+
+    Args:
+        spec: of the ensemble.
+        names: of its shared state.
+    """
+    keeping = {member.name for member in spec.members if _keeps_norms(member)}
+    own = [name for name in names if name.split("/")[0] in keeping]
+    layers = {_layer(name) for name in own if name.endswith(_MEAN)}
+    return frozenset(name for name in own if _layer(name) in layers)
+
+
+def _layer(name: str) -> str:
+    return name.removesuffix(re.split("[./]", name)[-1])
+
+
+def _keeps_norms(member: MemberSpec) -> bool:
+    return member.trainable != "none" and member.training.batch_norm == "local"
 
 
 def shared_state_digest(state: Mapping[str, NDArray[np.float32]]) -> bytes:

@@ -30,6 +30,19 @@ class TrainingSpec(Spec):
     variants: int = Field(
         default=4, ge=1, le=64, description="augmented variants per image, drawn once"
     )
+    proximal: float = Field(
+        default=0.0,
+        ge=0,
+        description="FedProx: weight of half the squared distance to the round's start",
+    )
+    softmax: Literal["all", "present"] = Field(
+        default="all", description="classes that the loss is over; present: those the site has"
+    )
+    batch_norm: Literal["shared", "local"] = Field(
+        default="shared",
+        description="local: BatchNorm layers stay at the site (FedBN); the published ensemble has"
+        " those of the start",
+    )
 
 
 class MemberSpec(Spec):
@@ -38,7 +51,11 @@ class MemberSpec(Spec):
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,30}$")
     backbone: str = Field(description="name of a backbone plugin")
     options: dict[str, Any] = Field(default_factory=dict, description="for the backbone plugin")
-    trainable: Literal["none", "neck", "all"] = "neck"
+    trainable: Literal["none", "neck", "last-stage", "all"] = Field(
+        default="neck",
+        description="what trains and travels; of none and neck the whole trunk is frozen and its"
+        " features are cached, of last-stage all before the last stage",
+    )
     training: TrainingSpec = TrainingSpec()
 
 

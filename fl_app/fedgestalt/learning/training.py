@@ -101,6 +101,13 @@ class LocalTrainer:
                 f"{len(self.data.targets)} training images, at least 2 are needed",
                 remedy="this site can match without training: leave it out of the training roster",
             )
+        restricted = [m for m in self.ensemble.spec.members if m.training.softmax == "present"]
+        if restricted and len(np.unique(self.data.targets)) < 2:
+            raise SiteError(
+                f"member {restricted[0].name!r} has a softmax over the site's own classes, and all"
+                " training images are of one class: there is nothing to tell apart",
+                remedy="set softmax: all in the job, or leave this site out of the training roster",
+            )
 
     def prepare(self, progress: MemberProgress = show_nothing) -> None:
         """Compute, or find in the cache, the features of all members with a frozen trunk."""
@@ -137,9 +144,11 @@ class LocalTrainer:
     ) -> MemberMetrics:
         settings, name = member.spec.training, member.spec.name
         batches = self._batches(member, index, rng, progress)
-        targets = torch.from_numpy(self.data.targets).to(self.device)
-        weights = class_weights(self.data.targets, self.data.classes).to(self.device)
+        chosen = self._classes_of(member)
+        targets = torch.from_numpy(np.searchsorted(chosen, self.data.targets)).to(self.device)
+        weights = class_weights(self.data.targets, self.data.classes)[chosen].to(self.device)
         loss_of = nn.CrossEntropyLoss(weights, label_smoothing=settings.label_smoothing)
+        columns = ... if len(chosen) == self.data.classes else torch.from_numpy(chosen)
         body = [p for k, m in member.trained_parts.items() if k != "head" for p in m.parameters()]
         optimiser = torch.optim.Adam(
             [
@@ -162,6 +171,8 @@ class LocalTrainer:
         agreement = self._agreement(member)
         for module in member.trained_parts.values():
             module.train()
+        anchor = _Anchor(optimiser, settings.proximal)
+        before = {name: p.detach().clone() for name, p in member.head.named_parameters()}
         losses, correct, seen = 0.0, 0, 0
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(rng.integers(2**62)))
@@ -171,19 +182,30 @@ class LocalTrainer:
                     expected = targets[rows]
                     with torch.autocast(self.device.type, dtype=dtype, enabled=mixed):
                         encodings = member.neck(features)
-                    logits = member.head(encodings.float())
+                    logits = member.head(encodings.float())[..., columns]
                     loss = loss_of(logits, expected)
                     optimiser.zero_grad(set_to_none=True)
                     loss.backward()
+                    anchor.pull()
                     optimiser.step()
                     losses += float(loss.detach()) * len(rows)
                     correct += int((logits.detach().argmax(1) == expected).sum())
                     seen += len(rows)
                 progress(name, epoch + 1, settings.epochs)
         member.eval()
-        if name in self.features:
-            give_pages_back(self.features[name])
+        if member.spec.name in self.features:
+            give_pages_back(self.features[member.spec.name])
+        absent = np.setdiff1d(np.arange(self.data.classes), chosen)
+        with torch.no_grad():  # the weight decay alone has moved them
+            for name, parameter in member.head.named_parameters():
+                parameter[absent] = before[name][absent]
         return MemberMetrics(losses / seen, correct / seen, agreement)
+
+    def _classes_of(self, member: Member) -> NDArray[np.int64]:
+        """Ascending classes that a member's loss is over."""
+        if member.spec.training.softmax == "present":
+            return np.unique(self.data.targets)
+        return np.arange(self.data.classes)
 
     def _agreement(self, member: Member) -> float | None:
         """See :class:`MemberMetrics`; draws no random numbers."""
@@ -250,6 +272,26 @@ class LocalTrainer:
                 member, pictures, self.device, self.cache, lambda d, t: progress(name, d, t)
             )
         return self.features[name]
+
+
+class _Anchor:
+    """FedProx (Li et al. 2020, eq. 2): keeps parameters near where the round found them.
+
+    Adds the gradient of ``mu / 2 * |w - w_start|^2`` to that of the loss.
+    """
+
+    def __init__(self, optimiser: torch.optim.Optimizer, mu: float) -> None:
+        self._mu = mu
+        groups = optimiser.param_groups if mu else []
+        self._parameters = [p for group in groups for p in group["params"]]
+        self._start = [p.detach().clone() for p in self._parameters]
+
+    @torch.no_grad()
+    def pull(self) -> None:
+        """Between ``backward`` and ``step``."""
+        for parameter, start in zip(self._parameters, self._start, strict=True):
+            if parameter.grad is not None:
+                parameter.grad.add_(parameter - start, alpha=self._mu)
 
 
 def shuffled_batches(

@@ -207,13 +207,11 @@ class ServerSession:
                 raise PeerError(f"its {what} of site {dealer!r} is a wrong one", site=site)
         self._shares[site] = dict(unmask.shares)
 
-    def total(self, *, threads: int = 1, into: Words | None = None) -> Words:
+    def total(self, *, threads: int = 1) -> Words:
         """The sum of the survivors' words; with the sites' common mask where only they learn it.
 
         Args:
             threads: how many share the work.
-            into: where the sum goes, contiguous; what is in it is lost. Memory that is used again
-                costs less than new one. Made if not given, or if it has another size.
 
         Returns:
             (plan.words,) uint32; the session is over.
@@ -236,11 +234,7 @@ class ServerSession:
         for lost in sorted(self.facts.roster.keys() - set(self._survivors)):
             streams += self._pair_streams(lost, helpers)
         self._broken = "the sum was opened before"
-        if into is not None and into.size == self.facts.plan.words:
-            total = into
-            total.fill(0)
-        else:
-            total = np.zeros(self.facts.plan.words, np.uint32)
+        total = np.zeros(self.facts.plan.words, np.uint32)
         vectors = [self._checked(site) for site in self._survivors]
         add_streams(total, streams, vectors=vectors, cipher=self.facts.cipher, threads=threads)
         return total

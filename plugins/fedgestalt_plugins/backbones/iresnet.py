@@ -9,18 +9,15 @@ names are those of published checkpoints (``conv1``, ``layer1.0.bn1``, ..., ``fc
 from __future__ import annotations
 
 import math
-import pickle
-from pathlib import Path
+from collections import OrderedDict
 from typing import TYPE_CHECKING, Final
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import nn
 
-from fedgestalt.contracts import BackboneModules, InputSpec
-from fedgestalt.errors import ConfigError
+from fedgestalt.contracts import BackboneModules, InputSpec, StageCut
 from fedgestalt_plugins.backbones.neck import Neck
+from fedgestalt_plugins.backbones.weights_file import load_weights
 
 if TYPE_CHECKING:
     from fedgestalt_plugins.backbones import IResNetOptions
@@ -106,6 +103,16 @@ class IResNetTrunk(nn.Module):
         feature: torch.Tensor = self.bn2(x)
         return feature
 
+    def cut(self, input_size: int) -> StageCut:
+        """The trunk before its fourth stage, and the stage with the BatchNorm behind it."""
+        before = ("conv1", "bn1", "prelu", "layer1", "layer2", "layer3")
+        early, last = (
+            nn.Sequential(OrderedDict((name, getattr(self, name)) for name in names))
+            for names in (before, ("layer4", "bn2"))
+        )
+        side = math.ceil(input_size / 8)
+        return StageCut(early, last, (self.bn2.num_features // 2, side, side))
+
 
 def build_iresnet(options: IResNetOptions, seed: int) -> BackboneModules:
     """Build the network, with random weights that depend on ``seed`` alone or from a file.
@@ -123,15 +130,17 @@ def build_iresnet(options: IResNetOptions, seed: int) -> BackboneModules:
     if options.weights is None:
         _start(trunk, neck, seed)
     else:
-        _load(options.weights, trunk, neck)
+        remedy = "set depth, width, embedding_size and input_size to those of the file"
+        load_weights(options.weights, trunk, neck, remedy=remedy)
     trunk.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return BackboneModules(
         trunk=trunk.eval().requires_grad_(False),
         neck=neck.eval(),
-        input=InputSpec(size=options.input_size),
+        input=InputSpec(size=options.input_size, channels=options.channels),
         feature_shape=feature_shape,
         embedding_size=options.embedding_size,
         weights_licence=options.weights_licence if options.weights else "",
+        cut=trunk.cut(options.input_size),
     )
 
 
@@ -156,43 +165,3 @@ def _start(trunk: IResNetTrunk, neck: Neck, seed: int) -> None:
         for block in stage:
             if isinstance(block, IBasicBlock):
                 nn.init.constant_(block.bn3.weight, 1 / math.sqrt(len(stage)))
-
-
-def _load(path: Path, trunk: nn.Module, neck: nn.Module) -> None:
-    found = _read(path)
-    expected = {**trunk.state_dict(), **neck.state_dict()}
-    for name, tensor in expected.items():
-        if name not in found and name.endswith("num_batches_tracked"):
-            found[name] = torch.zeros_like(tensor)  # not in older checkpoints, never used here
-        elif name not in found:
-            raise _misfit(path, f"has no tensor {name!r} of shape {tuple(tensor.shape)}")
-        elif found[name].shape != tensor.shape:
-            shapes = f"{tuple(found[name].shape)}, the network needs {tuple(tensor.shape)}"
-            raise _misfit(path, f"tensor {name!r} has shape {shapes}")
-    for name in found:
-        if name not in expected:
-            shape = tuple(found[name].shape)
-            raise _misfit(path, f"tensor {name!r} of shape {shape} has no place in the network")
-    for module in (trunk, neck):
-        module.load_state_dict({name: found[name] for name in module.state_dict()})
-
-
-def _read(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        if path.suffix == ".safetensors":
-            found = safetensors.torch.load_file(path)
-        else:
-            found = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ConfigError("the weights file does not exist", where=str(path)) from None
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, safetensors.SafetensorError):
-        what = "the weights file is neither safetensors nor a plain torch state_dict"
-        raise ConfigError(what, where=str(path)) from None
-    if not isinstance(found, dict) or not all(torch.is_tensor(t) for t in found.values()):
-        raise ConfigError("the weights file is not a state_dict of tensors", where=str(path))
-    return dict(found)
-
-
-def _misfit(path: Path, what: str) -> ConfigError:
-    remedy = "set depth, width, embedding_size and input_size to those of the file"
-    return ConfigError(what, where=str(path), remedy=remedy)

@@ -1,10 +1,12 @@
 """Face networks from ONNX files, as trees of ordinary ``nn.Module``s.
 
 - Weights behind ``DequantizeLinear`` and ``Reshape`` become float32.
-- The graph is cut at its last Gemm: what comes before is the trunk, the Gemm and the
-  BatchNormalization behind it become a :class:`Neck`. Flatten, Reshape and Dropout around the cut
-  belong to the neck.
+- The graph is cut at its last Gemm, or product with a constant matrix: what comes before is the
+  trunk, the Gemm and the BatchNormalization behind it become a :class:`Neck`. Flatten, Reshape and
+  Dropout around the cut belong to the neck.
 - A BatchNormalization that follows a convolution in the trunk is folded into it.
+- The last stage begins behind the last value through which everything flows before the last
+  convolution with a stride: in a residual network, before the last block that shrinks the map.
 - An operator without a counterpart here is refused by name, never approximated.
 """
 
@@ -25,7 +27,7 @@ from onnx import numpy_helper
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from fedgestalt.contracts import FACE_SIZE
+from fedgestalt.contracts import FACE_SIZE, StageCut
 from fedgestalt.errors import ConfigError
 from fedgestalt_plugins.backbones.neck import Neck
 
@@ -49,6 +51,9 @@ class FaceNetwork:
         size: side of the input image in pixels.
         feature_shape: shape of one feature.
         embedding_size: length of one encoding.
+        cut: of the trunk; None if no convolution has a stride.
+        takes_pixels: whether the file scales the pixels itself, by arithmetic before its first
+            convolution; otherwise it takes -1..1.
     """
 
     trunk: nn.Module
@@ -56,6 +61,8 @@ class FaceNetwork:
     size: int
     feature_shape: tuple[int, ...]
     embedding_size: int
+    cut: StageCut | None
+    takes_pixels: bool
 
 
 @dataclass(frozen=True)
@@ -123,26 +130,28 @@ class OperatorGraph(nn.Module):
         return x
 
 
-def read_face_network(path: Path, *, dropout: float = 0.0) -> FaceNetwork:
+def read_face_network(path: Path, *, dropout: float = 0.0, size: int | None = None) -> FaceNetwork:
     """Import a face network.
 
     Args:
         path: an ONNX file with one image input (n, 3, size, size) and one encoding (n, f); a size
             that the file leaves open becomes 112.
         dropout: share of the flattened feature that the neck drops in training.
+        size: of the image, where the file leaves it open.
 
     Raises:
-        ConfigError: not an ONNX file, not a face network, or an operator that is not known here.
+        ConfigError: it fixes another size, is no ONNX file or no face network, or has an operator
+            that is not known here.
     """
     try:
         graph = onnx.load(path).graph
     except (OSError, DecodeError, onnx.checker.ValidationError) as error:
         raise ConfigError(f"cannot be read as an ONNX file: {error}", where=str(path)) from None
-    return _Importer(graph, str(path)).network(dropout)
+    return _Importer(graph, str(path), size).network(dropout)
 
 
 class _Importer:
-    def __init__(self, graph: onnx.GraphProto, where: str) -> None:
+    def __init__(self, graph: onnx.GraphProto, where: str, size: int | None) -> None:
         self._where = where
         self._constants: Constants = {i.name: numpy_helper.to_array(i) for i in graph.initializer}
         # Quantised files also list their weights, even those that were replaced, as inputs.
@@ -151,7 +160,10 @@ class _Importer:
         shape = [d.dim_value for d in inputs[0].type.tensor_type.shape.dim] if inputs else []
         if len(inputs) != 1 or len(shape) != 4 or shape[1] != 3 or shape[2] != shape[3]:
             raise self._error("not a face network: it needs one input of shape (n, 3, size, size)")
-        self._source, self._size = inputs[0].name, shape[2] or FACE_SIZE
+        if size and shape[2] and size != shape[2]:
+            what = f"the file takes images of {shape[2]} x {shape[2]} pixels, not {size} x {size}"
+            raise self._error(what, "set input_size to that of the file, or leave it out")
+        self._source, self._size = inputs[0].name, shape[2] or size or FACE_SIZE
         self._nodes = self._fold_constants(graph)
 
     def network(self, dropout: float) -> FaceNetwork:
@@ -173,10 +185,37 @@ class _Importer:
         neck = self._neck(gemm, after, dropout)
         if feature[0].numel() != neck.fc.in_features:
             raise self._error(
-                f"not a face network: Gemm {gemm.name!r} does not take the feature map"
+                f"not a face network: Gemm {gemm.name!r} does not take the feature map of an image"
+                f" of {self._size} x {self._size} pixels",
+                "set input_size if the network wants another",
             )
         shape = tuple(feature.shape[1:])
-        return FaceNetwork(trunk, neck.eval(), self._size, shape, neck.fc.out_features)
+        stages = self._last_stage(nodes, layers)
+        first = next((i for i, n in enumerate(nodes) if n.operator == "Conv"), len(nodes))
+        takes_pixels = any(node.operator in ARITHMETIC for node in nodes[:first])
+        encoding = neck.fc.out_features
+        return FaceNetwork(trunk, neck.eval(), self._size, shape, encoding, stages, takes_pixels)
+
+    def _last_stage(self, nodes: list[Node], layers: list[nn.Module]) -> StageCut | None:
+        strided = [
+            index
+            for index, layer in enumerate(layers)
+            if isinstance(layer, nn.Conv2d) and max(layer.stride) > 1
+        ]
+        for start in range(max(strided, default=0), 0, -1):
+            before = {self._source, *(node.output for node in nodes[:start])}
+            crossing = before & {name for node in nodes[start:] for name in node.inputs}
+            if len(crossing) == 1 and self._source not in crossing:
+                (value,) = crossing
+                break
+        else:
+            return None
+        kept = next(i for i, node in enumerate(nodes[:start]) if node.output == value) + 1
+        early = OperatorGraph(nodes[:kept], layers[:kept], self._source).eval()
+        last = OperatorGraph(nodes[start:], layers[start:], value).eval()
+        with torch.inference_mode():
+            feature = early(torch.zeros(1, 3, self._size, self._size))
+        return StageCut(early, last, tuple(feature.shape[1:]))
 
     def _error(self, what: str, remedy: str = "") -> ConfigError:
         return ConfigError(what, where=self._where, remedy=remedy)
@@ -198,8 +237,15 @@ class _Importer:
             elif known and node.operator == "DequantizeLinear":
                 self._constants[node.output] = self._dequantised(node)
             else:
-                kept.append(node)
+                kept.append(self._as_gemm(node))
         return kept
+
+    def _as_gemm(self, node: Node) -> Node:
+        """A product with a constant matrix is a linear layer without a bias."""
+        linear = node.operator == "MatMul" and node.inputs[1] in self._constants
+        if not linear or self._constants[node.inputs[1]].ndim != 2:
+            return node
+        return Node("Gemm", node.name, node.inputs, node.output, {})
 
     def _dequantised(self, node: Node) -> NDArray[np.float32]:
         weights, scale = (self._constants[name] for name in node.inputs[:2])

@@ -34,4 +34,5 @@ def build_sface(options: SFaceOptions) -> BackboneModules:
         feature_shape=network.feature_shape,
         embedding_size=network.embedding_size,
         weights_licence="Apache-2.0",
+        cut=network.cut,
     )

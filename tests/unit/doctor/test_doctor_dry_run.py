@@ -102,9 +102,14 @@ def test_an_update_has_the_words_that_a_trained_update_has_under_its_plan(
     data, state = training_set(cohort), read_shared_state(ensemble)
     new, metrics = LocalTrainer(ensemble, data, CPU, 1).run_round(state, 1)
     chosen = Aggregation.named(
-        scope=scope, rule=rule, recipient="server", threat_model="malicious", max_weight=100
+        scope=scope,
+        rule=rule,
+        recipient="server",
+        threat_model="malicious",
+        max_weight=100,
+        momentum=0.0,
     )
-    shared = chosen.shared(state)
+    shared = chosen.shared(state, ensemble.spec)
     exponents = exponents_of(first_ranges(shared, ensemble.spec))
     plan = number_plan(shapes_of(shared), exponents, 3, chosen, ensemble.spec, data.classes)
     update = with_metrics({name: new[name] - state[name] for name in shared}, metrics)

@@ -111,6 +111,83 @@ def test_a_vector_of_another_size_is_not_taken_over(flat: NDArray[np.float32]) -
         GlobalModel(small()).load(flat)
 
 
+# --- server momentum -----------------------------------------------------------------------------
+
+
+def norm_state() -> SharedState:
+    return {
+        "a/neck/weight": np.array([1, 2, 3], np.float32),
+        "a/neck/running_mean": np.array([4], np.float32),
+        "a/neck/running_second_moment": np.array([17], np.float32),
+    }
+
+
+means = hnp.arrays(np.float32, 3, elements=st.floats(-10, 10, width=32))
+
+
+@given(steps=st.lists(means, min_size=1, max_size=5), momentum=st.floats(0.01, 0.99))
+def test_with_a_momentum_every_step_takes_a_share_of_the_last_again(
+    steps: list[NDArray[np.float32]], momentum: float
+) -> None:
+    model, right = GlobalModel(norm_state(), momentum), norm_state()
+    velocity, beta = np.zeros(3, np.float32), np.float32(momentum)
+    for step in steps:
+        mean = {name: np.ones_like(values) for name, values in right.items()}
+        mean["a/neck/weight"] = step
+        change = model.change(mean)["a/neck/weight"]
+        model.step(mean)
+        velocity = beta * velocity + step
+        right["a/neck/weight"] = right["a/neck/weight"] + velocity
+        assert change.tobytes() == velocity.tobytes(), "what the norm check looks at"
+    assert model.state["a/neck/weight"].tobytes() == right["a/neck/weight"].tobytes()
+
+
+def test_running_statistics_have_no_momentum() -> None:
+    model = GlobalModel(norm_state(), 0.9)
+    ones = {name: np.ones_like(values) for name, values in norm_state().items()}
+    for _ in range(3):
+        assert model.change(ones)["a/neck/running_mean"] == 1
+        model.step(ones)
+    assert model.state["a/neck/running_mean"] == 7
+    assert model.state["a/neck/running_second_moment"] == 20
+    assert model.state["a/neck/weight"][0] == np.float32(1 + 1 + 1.9 + 2.71)
+
+
+def test_without_a_momentum_nothing_but_the_model_is_held() -> None:
+    model = GlobalModel(norm_state())
+    assert model.tensors.keys() == model.state.keys() == norm_state().keys()
+    mean = norm_state()
+    assert model.change(mean) is mean
+
+
+def test_the_momentum_is_part_of_the_digest_from_the_start() -> None:
+    digests = {GlobalModel(norm_state(), momentum).digest for momentum in (0.0, 0.5, 0.9)}
+    assert len(digests) == 3
+
+
+def test_velocity_and_momentum_travel_with_the_model() -> None:
+    model = GlobalModel(norm_state(), 0.5)
+    ones = {name: np.ones_like(values) for name, values in norm_state().items()}
+    model.step(ones)
+    fetched, recalled = (GlobalModel(norm_state(), 0.5) for _ in range(2))
+    fetched.load(model.flat)
+    assert recalled.take({name: values.copy() for name, values in model.tensors.items()})
+    for other in (fetched, recalled):
+        assert other.digest == model.digest
+        other.step(ones)
+    model.step(ones)
+    assert fetched.digest == recalled.digest == model.digest
+    assert fetched.state.keys() == norm_state().keys()
+
+
+def test_a_model_of_other_tensors_is_not_taken_over() -> None:
+    model = GlobalModel(norm_state(), 0.5)
+    before = model.digest
+    assert not model.take(GlobalModel(norm_state()).tensors)
+    assert not model.take({**model.tensors, "a/neck/weight": np.zeros(4, np.float32)})
+    assert model.digest == before
+
+
 def test_a_model_without_tensors_has_a_digest_as_well() -> None:
     assert GlobalModel({}).digest == shared_state_digest({})
     assert GlobalModel({}).flat.size == 0

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from torch import nn
 
 from fedgestalt.errors import PlanError, ServerError, SiteError
 from fedgestalt.federation.training.rounds import (
@@ -42,7 +43,7 @@ from fedgestalt.learning.ensemble import (
     is_classifier,
     read_shared_state,
 )
-from fedgestalt.learning.spec import EnsembleSpec, MemberSpec
+from fedgestalt.learning.spec import EnsembleSpec, MemberSpec, TrainingSpec
 from fedgestalt.learning.training import MemberMetrics
 from fedgestalt.secagg import Aggregate, NumberPlan, Recipient, ThreatModel
 
@@ -299,7 +300,7 @@ def ensemble(seed: int = 1, classes: int = 3, name: str = "scratch") -> Ensemble
 def plan_of(built: Ensemble, sites: int = 3, **chosen: Any) -> NumberPlan:
     """The plan of the first round."""
     aggregation = Aggregation(**chosen)
-    shared = aggregation.shared(read_shared_state(built))
+    shared = aggregation.shared(read_shared_state(built), built.spec)
     exponents = exponents_of(first_ranges(shared, built.spec))
     return number_plan(shapes_of(shared), exponents, sites, aggregation, built.spec, built.classes)
 
@@ -479,14 +480,19 @@ WORDS = {
 
 
 def test_an_aggregation_is_named_by_words() -> None:
-    assert Aggregation.named(**WORDS, max_weight=7) == Aggregation(
+    assert Aggregation.named(**WORDS, max_weight=7, momentum=0.0) == Aggregation(
         Scope.ENCODER, Rule.CLASS_WEIGHTED, Recipient.SITES, ThreatModel.HONEST_BUT_CURIOUS, 7
     )
 
 
 def test_by_default_everything_is_averaged_for_the_server_which_nobody_trusts() -> None:
     assert Aggregation() == Aggregation.named(
-        scope="all", rule="mean", recipient="server", threat_model="malicious", max_weight=4096
+        scope="all",
+        rule="mean",
+        recipient="server",
+        threat_model="malicious",
+        max_weight=4096,
+        momentum=0.0,
     )
 
 
@@ -494,16 +500,42 @@ def test_by_default_everything_is_averaged_for_the_server_which_nobody_trusts() 
 @pytest.mark.parametrize("said", ["", "Server", "median", "all "])
 def test_an_unknown_word_is_the_servers_fault_and_named(word: str, said: str) -> None:
     with pytest.raises(ServerError) as fault:
-        Aggregation.named(**{**WORDS, word: said}, max_weight=7)
+        Aggregation.named(**{**WORDS, word: said}, max_weight=7, momentum=0.0)
     assert repr(said) in str(fault.value)
 
 
+@pytest.mark.parametrize("momentum", [-0.1, 1.0, 7.0, float("nan")])
+def test_a_momentum_that_never_ends_is_the_servers_fault_and_named(momentum: float) -> None:
+    with pytest.raises(ServerError, match=f"a server momentum of {momentum}, not 0 to below 1"):
+        Aggregation.named(**WORDS, max_weight=7, momentum=momentum)
+
+
 def test_an_encoder_is_all_but_the_classifiers() -> None:
-    start = read_shared_state(ensemble())
-    kept = Aggregation(Scope.ENCODER).shared(start)
+    built = ensemble()
+    start, spec = read_shared_state(built), built.spec
+    kept = Aggregation(Scope.ENCODER).shared(start, spec)
     assert start.keys() - kept.keys() == {"scratch/head/1.weight", "scratch/head/1.bias"}
     assert all(kept[name] is start[name] for name in kept)
-    assert Aggregation(Scope.ALL).shared(start) == start
+    assert Aggregation(Scope.ALL).shared(start, spec) == start
+
+
+def test_normalisation_that_stays_at_the_sites_is_not_shared() -> None:
+    built = ensemble()
+    start = read_shared_state(built)
+    local = TrainingSpec(batch_norm="local")
+    member = built.spec.members[0].model_copy(update={"training": local})
+    shared = Aggregation().shared(start, EnsembleSpec(members=(member,)))
+    norms = {
+        f"scratch/{part}/{path}.{name}"
+        for part, root in built.members[0].trained_parts.items()
+        for path, module in root.named_modules()
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d)
+        for name in ("weight", "bias", "running_mean", "running_second_moment")
+    }
+    assert len(norms) > 50
+    assert start.keys() - shared.keys() == norms
+    encoder = Aggregation(Scope.ENCODER).shared(start, EnsembleSpec(members=(member,)))
+    assert shared.keys() - encoder.keys() == {"scratch/head/1.weight", "scratch/head/1.bias"}
 
 
 @pytest.mark.parametrize("rule", Rule)

@@ -86,7 +86,7 @@ def server() -> Server:
 def is_exact(opened: Opened, *survivors: str) -> bool:
     """The sum is over these sites, and has the bits that it must have."""
     return opened.survivors == survivors and np.array_equal(
-        opened.words, sum_of(opened.facts, survivors)
+        opened.take_words(), sum_of(opened.facts, survivors)
     )
 
 

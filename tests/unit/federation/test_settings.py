@@ -53,6 +53,7 @@ def test_defaults_are_careful(local: Path) -> None:
 
 def test_all_settings_are_read(local: Path) -> None:
     content: dict[str, Any] = SMALL | {
+        "weights": "/srv/{site}/weights",
         "device": "cpu",
         "threads": 2,
         "jobs": ["match"],
@@ -78,7 +79,11 @@ def test_all_settings_are_read(local: Path) -> None:
 
 
 def test_site_in_a_path_stands_for_the_name_of_the_site() -> None:
-    settings = SiteSettings(data="/cohorts/{site}/{site}", store="/stores/x-{site}")
+    settings = SiteSettings(
+        data="/cohorts/{site}/{site}", store="/stores/x-{site}", weights="/weights/{site}"
+    )
+    assert settings.weights_folder("bonn") == Path("/weights/bonn")
+    assert SiteSettings(data="d", store="s").weights_folder("bonn") is None
     assert settings.data_folder("bonn") == Path("/cohorts/bonn/bonn")
     assert settings.store_folder("bonn") == Path("/stores/x-bonn")
 

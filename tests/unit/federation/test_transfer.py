@@ -993,8 +993,47 @@ def test_a_download_arrives_as_it_was(job: Job, size: int, kind: type) -> None:
 def test_what_is_offered_is_not_copied(job: Job) -> None:
     sent = numbers()
     job.down.offer(NAME, sent, SITES)
-    assert job.down._offer is not None
-    assert np.shares_memory(job.down._offer.words, sent)
+    sent[-1] ^= 1
+    into = np.zeros(sent.size, np.uint32)
+    job.download(into)
+    assert np.array_equal(into, sent)
+
+
+@pytest.mark.parametrize("kind", [np.uint32, np.float32])
+def test_what_is_offered_from_disk_needs_no_memory(job: Job, tmp_path: Path, kind: type) -> None:
+    sent = numbers().view(kind)
+    before = sent.copy()
+    job.down.offer_from_disk(NAME, sent, SITES, tmp_path / "offered")
+    sent[...] = 0
+    into = np.zeros(sent.size, kind)
+    job.download(into)
+    assert into.tobytes() == before.tobytes()
+    assert not list((tmp_path / "offered").iterdir())
+
+
+def test_what_was_offered_from_disk_is_closed_with_the_offer(job: Job, tmp_path: Path) -> None:
+    def open_files() -> int:
+        return len(os.listdir("/proc/self/fd"))  # noqa: PTH208
+
+    before = open_files()
+    for _ in range(3):
+        job.down.offer_from_disk(NAME, numbers(), SITES, tmp_path)
+    assert open_files() == before + 1
+    job.down.withdraw()
+    assert open_files() == before
+    with pytest.raises(ServerError, match="nothing of this name is offered"):
+        job.download(numbers())
+
+
+def test_an_offer_that_finds_no_room_on_disk_is_a_sentence(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(ServerError, match=r"cannot store the sum \(No space left on device\)"):
+        job.down.offer_from_disk(NAME, numbers(), SITES, tmp_path)
 
 
 def test_the_last_offer_ends_with_the_next(job: Job) -> None:

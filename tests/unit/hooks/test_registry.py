@@ -171,11 +171,15 @@ def test_every_built_in_plugin_keeps_its_contract(kind: str, plugin: Described) 
 WITH_OPTIONS = [plugin for _, plugin in built_ins() if hasattr(plugin, "options")]
 
 
+NEEDED = {"arcface-onnx": {"weights": "net.onnx"}, "monai": {"network": "resnet18"}}
+
+
 @pytest.mark.parametrize("plugin", WITH_OPTIONS, ids=lambda plugin: plugin.name)
 def test_options_of_built_in_plugins_survive_json_and_refuse_unknown_keys(plugin: Any) -> None:
     model = plugin.options
     assert issubclass(model, Options)
-    assert model.model_validate_json(model().model_dump_json()) == model()
+    needed = NEEDED.get(plugin.name, {})
+    assert model.model_validate_json(model(**needed).model_dump_json()) == model(**needed)
     with pytest.raises(ConfigError, match="unknown key 'no_such_option'"):
         read_options(model, {"no_such_option": 1}, where="here")
 

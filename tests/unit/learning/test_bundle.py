@@ -17,10 +17,11 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from pydantic import Field
 from safetensors.torch import save_file
 
 from fedgestalt import RESEARCH_USE_ONLY
-from fedgestalt.contracts import BackboneModules, Options
+from fedgestalt.contracts import BackboneModules, FromWeights
 from fedgestalt.errors import ConfigError, FedgestaltError, SiteError
 from fedgestalt.hooks import Registry, get_registry
 from fedgestalt.learning import bundle as bundle_module
@@ -33,7 +34,7 @@ from fedgestalt.learning.ensemble import (
     write_shared_state,
 )
 from fedgestalt.learning.model_card import CardFacts, DataFacts, facts_of_outcome
-from fedgestalt.learning.spec import EnsembleSpec, MemberSpec
+from fedgestalt.learning.spec import EnsembleSpec, MemberSpec, TrainingSpec
 
 TINY = {"depth": 18, "width": 4, "embedding_size": 8, "input_size": 32}
 CPU = torch.device("cpu")
@@ -49,9 +50,10 @@ def spec_of(name: str, trainable: str, **options: Any) -> MemberSpec:
     )
 
 
-def trained(*members: MemberSpec) -> tuple[Ensemble, str]:
+def trained(*members: MemberSpec, registry: Registry | None = None) -> tuple[Ensemble, str]:
     """An ensemble that differs from its start in every shared tensor."""
-    ensemble = build_ensemble(EnsembleSpec(members=members), 3, get_registry())
+    registry = registry or get_registry()
+    ensemble = build_ensemble(EnsembleSpec(members=members), 3, registry)
     rng = np.random.default_rng(0)
     state = {
         name: values + 0.1 * rng.random(values.shape, np.float32)
@@ -115,8 +117,11 @@ def test_a_bundle_encodes_as_the_model_that_was_published(
 
 def test_start_weights_are_in_the_bundle_and_not_needed_where_it_is_read(tmp_path: Path) -> None:
     weights = weights_file(tmp_path)
-    options = {"weights": str(weights), "weights_licence": "MIT"}
-    ensemble, digest = trained(spec_of("a", "neck", **options), spec_of("c", "none", **options))
+    registry = get_registry().with_weights(tmp_path)
+    options = {"weights": weights.name, "weights_licence": "MIT"}
+    ensemble, digest = trained(
+        spec_of("a", "neck", **options), spec_of("c", "none", **options), registry=registry
+    )
     expected = encode(ensemble, faces(), CPU)
     write_bundle(tmp_path / "b", ensemble, digest, get_registry(), CardFacts(), "")
     weights.unlink()
@@ -127,13 +132,15 @@ def test_start_weights_are_in_the_bundle_and_not_needed_where_it_is_read(tmp_pat
 
 
 def test_no_path_of_the_site_is_in_the_bundle(tmp_path: Path) -> None:
-    (tmp_path / "secret-place").mkdir()
-    weights = weights_file(tmp_path / "secret-place")
-    options = {"weights": str(weights), "weights_licence": "MIT"}
-    ensemble, digest = trained(spec_of("a", "neck", **options))
-    write_bundle(tmp_path / "b", ensemble, digest, get_registry(), CardFacts(), "")
-    for path in (tmp_path / "b").rglob("*"):
-        assert path.is_dir() or b"secret-place" not in path.read_bytes()
+    place = tmp_path / "secret-place"
+    place.mkdir()
+    for licence in ("MIT", "CC-BY-NC-4.0"):
+        options = {"weights": weights_file(place).name, "weights_licence": licence}
+        registry = get_registry().with_weights(place)
+        ensemble, digest = trained(spec_of("a", "neck", **options), registry=registry)
+        write_bundle(tmp_path / licence, ensemble, digest, registry, CardFacts(), "")
+        for path in (tmp_path / licence).rglob("*"):
+            assert path.is_dir() or b"secret-place" not in path.read_bytes()
 
 
 def test_members_with_one_trunk_store_it_once(tmp_path: Path) -> None:
@@ -157,28 +164,49 @@ def test_weights_that_may_not_be_passed_on_are_left_out_and_the_card_says_so(
     tmp_path: Path,
 ) -> None:
     weights = weights_file(tmp_path)
-    options = {"weights": str(weights), "weights_licence": "CC-BY-NC-4.0"}
-    ensemble, digest = trained(spec_of("a", "neck", **options))
-    left_out = write_bundle(tmp_path / "b", ensemble, digest, get_registry(), CardFacts(), "")
+    registry = get_registry().with_weights(tmp_path)
+    options = {"weights": weights.name, "weights_licence": "CC-BY-NC-4.0"}
+    ensemble, digest = trained(spec_of("a", "neck", **options), registry=registry)
+    left_out = write_bundle(tmp_path / "b", ensemble, digest, registry, CardFacts(), "")
     assert "CC-BY-NC-4.0" in left_out["a"]
     assert not (tmp_path / "b/models/frozen.safetensors").exists()
     card = (tmp_path / "b/docs/README.md").read_text()
     assert "Frozen parts of `a` are not in this bundle" in card
     assert "began as weights under CC-BY-NC-4.0" in card
-    assert read_bundle(tmp_path / "b", get_registry()).digest == digest, "where the file is"
+    assert read_bundle(tmp_path / "b", registry).digest == digest, "where the file is"
     weights.unlink()
-    with pytest.raises(ConfigError, match=r"does not exist.*docs/README.md"):
-        read_bundle(tmp_path / "b", get_registry())
+    for here in (registry, get_registry().with_weights(None)):
+        with pytest.raises(SiteError, match=r"weights.*docs/README.md.*FEDGESTALT_WEIGHTS"):
+            read_bundle(tmp_path / "b", here)
 
 
 def test_other_start_weights_than_those_left_out_are_noticed(tmp_path: Path) -> None:
-    weights = weights_file(tmp_path)
-    options = {"weights": str(weights)}
-    ensemble, digest = trained(spec_of("a", "neck", **options))
-    write_bundle(tmp_path / "b", ensemble, digest, get_registry(), CardFacts(), "")
+    registry = get_registry().with_weights(tmp_path)
+    options = {"weights": weights_file(tmp_path).name}
+    ensemble, digest = trained(spec_of("a", "neck", **options), registry=registry)
+    write_bundle(tmp_path / "b", ensemble, digest, registry, CardFacts(), "")
     weights_file(tmp_path, seed=78)
     with pytest.raises(ConfigError, match="does not have the digest it names"):
-        read_bundle(tmp_path / "b", get_registry())
+        read_bundle(tmp_path / "b", registry)
+
+
+def test_members_that_train_their_last_stage_or_keep_their_norms_come_back(
+    tmp_path: Path,
+) -> None:
+    registry = get_registry().with_weights(tmp_path)
+    options = {"weights": weights_file(tmp_path).name, "weights_licence": "MIT"}
+    local = TrainingSpec(batch_norm="local")
+    members = (
+        spec_of("a", "last-stage", **options),
+        spec_of("b", "all", **options).model_copy(update={"training": local}),
+    )
+    ensemble, digest = trained(*members, registry=registry)
+    write_bundle(tmp_path / "b", ensemble, digest, registry, CardFacts(), "")
+    found = read_bundle(tmp_path / "b", get_registry().with_weights(None))
+    assert found.digest == digest
+    np.testing.assert_array_equal(
+        encode(found.ensemble, faces(), CPU), encode(ensemble, faces(), CPU)
+    )
 
 
 def test_a_site_may_leave_frozen_parts_out(tmp_path: Path, published: tuple[Ensemble, str]) -> None:
@@ -190,8 +218,8 @@ def test_a_site_may_leave_frozen_parts_out(tmp_path: Path, published: tuple[Ense
     assert read_bundle(tmp_path / "b", get_registry()).digest == published[1]
 
 
-class FileOptions(Options):
-    graph: Path
+class FileOptions(FromWeights):
+    weights: Path = Field()
 
 
 class FileBackbone:
@@ -200,8 +228,7 @@ class FileBackbone:
     name, summary, licence, options = "filed", "", "MIT", FileOptions
 
     def build(self, options: FileOptions, seed: int) -> BackboneModules:
-        if not options.graph.exists():
-            raise ConfigError("the graph does not exist")
+        assert options.weights.read_bytes() == b"graph"
         spec = EnsembleSpec(members=(spec_of("a", "none"),), seed=5)
         built = build_ensemble(spec, 2, get_registry()).members[0]
         shape, size = built.feature_shape, built.embedding_size
@@ -211,14 +238,14 @@ class FileBackbone:
 def test_a_file_that_a_backbone_cannot_do_without_comes_along(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    registry: Registry = get_registry()
+    registry: Registry = get_registry().with_weights(tmp_path)
     get = registry.backbones.get
     monkeypatch.setattr(
         registry.backbones, "get", lambda name: FileBackbone() if name == "filed" else get(name)
     )
     graph = tmp_path / "graph.onnx"
     graph.write_bytes(b"graph")
-    member = MemberSpec(name="a", backbone="filed", options={"graph": str(graph)})
+    member = MemberSpec(name="a", backbone="filed", options={"weights": graph.name})
     ensemble = build_ensemble(EnsembleSpec(members=(member,)), 3, registry)
     digest = ensemble.digest(read_shared_state(ensemble))
     for name in ("b", "b.zip"):
@@ -248,7 +275,6 @@ def test_a_missing_or_altered_file_is_named(written: Path, file: str) -> None:
     "change",
     [
         lambda c: c.update(digest="0" * 64),
-        lambda c: c.update(spec_digest="0" * 64),
         lambda c: c["spec"]["members"][0].update(name="z"),
         lambda c: c["spec"]["members"][0]["options"].update(embedding_size=9),
         lambda c: c["spec"]["members"][2]["options"].update(width=8),
@@ -261,7 +287,7 @@ def test_a_missing_or_altered_file_is_named(written: Path, file: str) -> None:
         lambda c: c.update(classes="three"),
         lambda c: c.update(schema="fedgestalt.bundle/9"),
         lambda c: c.update(files=[]),
-        lambda c: c.update(start={"a": {"weights": "../../outside"}}),
+        lambda c: c.update(start=["../../outside"]),
         lambda c: c.update(start={"a": "weights"}),
         lambda c: c.update(frozen={"a": 1}),
         lambda c: c.pop("licences"),

@@ -20,12 +20,14 @@ from fedgestalt.learning.ensemble import (
     SharedState,
     build_ensemble,
     is_classifier,
+    local_norms,
     read_shared_state,
     shared_state_digest,
     state_digest,
     write_shared_state,
 )
-from fedgestalt.learning.spec import EnsembleSpec, MemberSpec
+from fedgestalt.learning.spec import EnsembleSpec, MemberSpec, TrainingSpec
+from fedgestalt_plugins.backbones import IResNet
 
 TINY = {"depth": 18, "width": 4, "embedding_size": 8, "input_size": 32}
 
@@ -136,6 +138,7 @@ def test_a_wrong_option_names_the_member() -> None:
     [
         ("none", [], True),
         ("neck", ["neck", "head"], True),
+        ("last-stage", ["neck", "head"], True),
         ("all", ["trunk", "neck", "head"], False),
     ],
 )
@@ -152,6 +155,76 @@ def test_every_parameter_of_a_trained_part_takes_gradients(trainable: str) -> No
     (found,) = build(member("a", trainable)).members
     for name, part in found.trained_parts.items():
         assert all(parameter.requires_grad for parameter in part.parameters()), name
+
+
+# --- a last stage that trains --------------------------------------------------------------------
+
+
+def test_of_a_last_stage_only_what_trains_is_shared() -> None:
+    shared = read_shared_state(build(member("a", "last-stage")))
+    whole = read_shared_state(build(member("a", "all")))
+    stage = {
+        name.replace("a/trunk/", "a/neck/last_stage.")
+        for name in whole
+        if name.startswith(("a/trunk/layer4.", "a/trunk/bn2."))
+    }
+    assert len(stage) > 20
+    neck = {name.replace("/neck/", "/neck/neck.") for name in whole if name.startswith("a/neck/")}
+    head = {name for name in whole if name.startswith("a/head/")}
+    assert shared.keys() == stage | neck | head
+
+
+def test_a_network_whose_last_stage_trains_encodes_like_the_whole() -> None:
+    (whole,), (staged,) = build(member("a")).members, build(member("a", "last-stage")).members
+    images = torch.randn(70, 3, 32, 32)
+    with torch.inference_mode():
+        features = staged.trunk(images)
+        assert features.shape == (70, *staged.feature_shape)
+        torch.testing.assert_close(staged.neck(features), whole.neck(whole.trunk(images)))
+
+
+def test_what_comes_before_a_last_stage_is_frozen() -> None:
+    (found,) = build(member("a", "last-stage")).members
+    assert not any(parameter.requires_grad for parameter in found.trunk.parameters())
+    assert not {id(p) for p in found.trunk.parameters()} & {id(p) for p in found.neck.parameters()}
+
+
+def test_a_backbone_that_cannot_be_cut_is_refused_with_a_sentence(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    whole = IResNet.build
+    monkeypatch.setattr(IResNet, "build", lambda *args: dataclasses.replace(whole(*args), cut=None))
+    with pytest.raises(ConfigError) as fault:
+        build(member("a", "last-stage"))
+    assert str(fault.value) == (
+        "ensemble member 'a': backbone 'iresnet' does not say where its last stage begins;"
+        " set trainable to neck or all."
+    )
+
+
+# --- normalisation that stays at the site --------------------------------------------------------
+
+LOCAL = TrainingSpec(batch_norm="local")
+
+
+def test_normalisation_of_random_weights_cannot_stay_at_the_sites() -> None:
+    """The published ensemble would normalise by what no image has set."""
+    with pytest.raises(ConfigError, match="those of random weights have seen no image") as fault:
+        build(member("a").model_copy(update={"training": LOCAL}))
+    assert fault.value.where == "ensemble member 'a'"
+    build(member("a", "none").model_copy(update={"training": LOCAL}))
+
+
+def test_local_norms_are_all_tensors_of_the_layers_with_statistics_of_those_members() -> None:
+    names = [
+        *("a/neck/fc.weight", "a/neck/fc.bias", "a/neck/features.weight", "a/neck/features.bias"),
+        *("a/neck/features.running_mean", "a/neck/features.running_second_moment"),
+        *("a/trunk/running_mean", "a/trunk/weight", "a/trunk/conv.weight", "a/head/1.weight"),
+        *("b/neck/features.weight", "b/neck/features.running_mean"),
+    ]
+    local = MemberSpec(name="a", backbone="iresnet", training=LOCAL)
+    spec = EnsembleSpec(members=(local, MemberSpec(name="b", backbone="iresnet")))
+    assert local_norms(spec, names) == {*names[2:8]}
 
 
 # --- shared state --------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ members = st.builds(
     name=st.from_regex(r"[a-z0-9][a-z0-9_-]{0,5}", fullmatch=True),
     backbone=st.text(max_size=5),
     options=options,
-    trainable=st.sampled_from(["none", "neck", "all"]),
+    trainable=st.sampled_from(["none", "neck", "last-stage", "all"]),
     training=st.builds(
         TrainingSpec,
         epochs=st.integers(1, 99),

@@ -68,7 +68,7 @@ def assert_equal(one: SharedState, other: SharedState) -> None:
 # --- a round -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("trainable", ["neck", "all"])
+@pytest.mark.parametrize("trainable", ["neck", "last-stage", "all"])
 def test_training_lowers_the_loss(trainable: str) -> None:
     ensemble = build(trainable)
     learner, state = trainer(ensemble), read_shared_state(ensemble)
@@ -136,16 +136,18 @@ def test_the_first_time_a_round_draws_as_it_always_has() -> None:
     )
 
 
-def test_every_trained_tensor_changes() -> None:
-    ensemble = build()
+@pytest.mark.parametrize("trainable", ["neck", "last-stage", "all"])
+def test_every_trained_tensor_changes(trainable: str) -> None:
+    ensemble = build(trainable)
     start = read_shared_state(ensemble)
     new, _ = trainer(ensemble).run_round(start, 1)
     assert [name for name in new if (new[name] == start[name]).all()] == []
 
 
-def test_what_is_frozen_does_not_change() -> None:
-    ensemble = build()
-    neck, _, none = ensemble.members
+@pytest.mark.parametrize("trainable", ["neck", "last-stage"])
+def test_what_is_frozen_does_not_change(trainable: str) -> None:
+    ensemble = build(trainable, "none")
+    neck, none = ensemble.members
     frozen = {f"trunk/{k}": v.clone() for k, v in neck.trunk.state_dict().items()}
     frozen |= {f"none/{k}": v.clone() for k, v in none.state_dict().items()}
     trainer(ensemble).run_round(read_shared_state(ensemble), 1)
@@ -198,6 +200,15 @@ def test_preparing_computes_the_features_of_frozen_trunks_that_train(tmp_path: P
     learner.prepare()
     assert list(learner.features) == ["m-neck"]
     assert learner.features["m-neck"].shape[:2] == (8, QUICK.variants)
+
+
+def test_features_before_a_last_stage_are_cached_as_well(tmp_path: Path) -> None:
+    ensemble = build("last-stage")
+    learner = trainer(ensemble, cache=tmp_path)
+    learner.prepare()
+    shape = (8, QUICK.variants, *ensemble.members[0].feature_shape)
+    assert learner.features["m-last-stage"].shape == shape
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_members_are_in_evaluation_mode_after_a_round() -> None:
@@ -294,6 +305,101 @@ def test_weights_lie_between_a_half_and_one_and_shrink_with_the_class(
     assert (weights[present] > 0.5).all()
     order = np.argsort(counts[present])
     assert (np.diff(weights[present].numpy()[order]) <= 0).all()
+
+
+# --- local objectives ----------------------------------------------------------------------------
+
+
+def distance(start: SharedState, new: SharedState) -> float:
+    """Of the parameters; statistics follow the data."""
+    names = [name for name in start if "running_" not in name]
+    return float(sum(np.square(new[name] - start[name]).sum() for name in names) ** 0.5)
+
+
+@pytest.mark.parametrize("trainable", ["neck", "all"])
+def test_a_proximal_term_keeps_a_site_near_the_model(trainable: str) -> None:
+    moved = []
+    for mu in (0.0, 1.0, 1e3):
+        ensemble = build(trainable, proximal=mu, epochs=6)
+        start = read_shared_state(ensemble)
+        moved.append(distance(start, trainer(ensemble).run_round(start, 1)[0]))
+    assert moved[0] > 1.2 * moved[1]
+    assert moved[1] > 1.2 * moved[2]
+
+
+def test_a_proximal_term_has_the_gradient_of_half_the_squared_distance() -> None:
+    """One step of plain gradient descent from a displaced point, against autograd."""
+    weight = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+    optimiser = torch.optim.SGD([weight], lr=0.1)
+    anchor = training_module._Anchor(optimiser, 0.5)
+    with torch.no_grad():
+        weight.add_(torch.tensor([3.0, 4.0]))
+    free = weight.detach().clone().requires_grad_()
+    term = 0.25 * (free - torch.tensor([1.0, -2.0])).square().sum()
+    (free.prod() + term).backward()
+    weight.prod().backward()
+    anchor.pull()
+    torch.testing.assert_close(weight.grad, free.grad)
+
+
+def test_the_first_step_of_a_round_feels_no_proximal_term() -> None:
+    """There is no distance yet: one batch of one epoch trains alike, whatever mu."""
+    results = []
+    for mu in (0.0, 10.0):
+        ensemble = build("neck", proximal=mu, epochs=1, batch_size=8)
+        results.append(trainer(ensemble).run_round(read_shared_state(ensemble), 1)[0])
+    assert_equal(*results)
+
+
+def three_classes(softmax: str) -> tuple[SharedState, SharedState]:
+    """Start and end of a round at a site that has no image of the class in the middle."""
+    training = QUICK.model_copy(update={"softmax": softmax, "head_weight_decay": 0.1})
+    member = MemberSpec(
+        name="m", backbone="iresnet", options=TINY, trainable="neck", training=training
+    )
+    ensemble = build_ensemble(EnsembleSpec(members=(member,)), 3, get_registry())
+    data = easy_set(classes=3)
+    data.targets[:] *= 2
+    start = read_shared_state(ensemble)
+    return start, LocalTrainer(ensemble, data, CPU, 1).run_round(start, 1)[0]
+
+
+@pytest.mark.parametrize("name", ["m/head/1.weight", "m/head/1.bias"])
+def test_a_restricted_softmax_leaves_rows_of_absent_classes_alone(name: str) -> None:
+    start, new = three_classes("present")
+    assert np.array_equal(new[name][1], start[name][1])
+    assert (new[name][[0, 2]] != start[name][[0, 2]]).all()
+
+
+def test_a_softmax_over_all_classes_pushes_absent_ones_away() -> None:
+    start, new = three_classes("all")
+    assert (new["m/head/1.bias"][1] < start["m/head/1.bias"][1]).all()
+
+
+def test_where_every_class_is_present_the_restricted_softmax_is_the_whole_one() -> None:
+    results = []
+    for softmax in ("all", "present"):
+        ensemble = build("neck", softmax=softmax)
+        results.append(trainer(ensemble).run_round(read_shared_state(ensemble), 1))
+    assert_equal(results[0][0], results[1][0])
+    assert results[0][1] == results[1][1]
+
+
+def test_a_restricted_softmax_over_one_class_is_refused_before_anything_is_trained() -> None:
+    data = easy_set()
+    data.targets[:] = 1
+    LocalTrainer(build("neck"), data, CPU, 1)
+    with pytest.raises(SiteError, match="'m-neck' has a softmax over the site's own classes") as no:
+        LocalTrainer(build("neck", softmax="present"), data, CPU, 1)
+    assert "softmax: all" in no.value.remedy
+
+
+def test_a_class_of_a_single_image_trains_like_any_other() -> None:
+    ensemble, data = build("neck", batch_size=4), easy_set(images=9, classes=2)
+    data.targets[:] = [0] * 8 + [1]
+    new, metrics = LocalTrainer(ensemble, data, CPU, 1).run_round(read_shared_state(ensemble), 1)
+    assert all(np.isfinite(values).all() for values in new.values())
+    assert np.isfinite(metrics["m-neck"].loss)
 
 
 # --- agreement with the labels of held-out images ------------------------------------------------

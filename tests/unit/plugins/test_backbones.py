@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.util
 import math
 import subprocess
 import sys
@@ -67,16 +68,31 @@ def test_listing_backbones_imports_neither_torch_nor_onnx() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_every_backbone_keeps_its_contract() -> None:
-    for backbone in fedgestalt_backbones():
+def test_every_backbone_keeps_its_contract(tmp_path: Path) -> None:
+    resnet = {"spatial_dims": 2, "n_input_channels": 3, "num_classes": 2}
+    needed = {
+        "iresnet": SMALL,
+        "arcface-onnx": {"weights": residual_network(shrinking=True).write(tmp_path)},
+        "monai": {"network": "resnet10", "arguments": resnet, "input_size": 32},
+    }
+    backbones = list(fedgestalt_backbones())
+    if importlib.util.find_spec("monai") is None:
+        backbones = [b for b in backbones if b.name != "monai"]
+    for backbone in backbones:
         assert isinstance(backbone, Backbone)
-        changes = SMALL if backbone.name == "iresnet" else {}
-        modules = backbone.build(backbone.options(**changes), seed=1)
+        modules = backbone.build(backbone.options(**needed.get(backbone.name, {})), seed=1)
         size = modules.input.size
         with torch.inference_mode():
             feature = modules.trunk(torch.zeros(2, 3, size, size))
             assert feature.shape == (2, *modules.feature_shape)
             assert modules.neck(feature).shape == (2, modules.embedding_size)
+            if modules.cut is not None:
+                early = modules.cut.early(torch.zeros(2, 3, size, size))
+                assert early.shape == (2, *modules.cut.feature_shape)
+                torch.testing.assert_close(modules.cut.last_stage(early), feature)
+                whole, parts = modules.trunk, (modules.cut.early, modules.cut.last_stage)
+                own = {id(p) for p in whole.parameters()}
+                assert own == {id(p) for part in parts for p in part.parameters()}
         assert not modules.trunk.training
         assert not modules.neck.training
         assert not any(p.requires_grad for p in modules.trunk.parameters())
@@ -332,8 +348,11 @@ class Graph:
         return folder / "net.onnx"
 
 
-def residual_network() -> Graph:
-    """Every operator that the importer knows, with values that are used twice."""
+def residual_network(shrinking: bool = False) -> Graph:
+    """Every operator that the importer knows, with values that are used twice.
+
+    With ``shrinking``, a block follows of which both branches halve the map.
+    """
     g = Graph()
     scaled = g.add("Mul", g.add("Sub", "image", g.weight(np.float32([0.5]))), g.random(1))
     kernel = g.weight(np.random.default_rng(1).integers(-9, 9, (4, 3, 3, 3), np.int8))
@@ -347,8 +366,15 @@ def residual_network() -> Graph:
     gate = g.add("Reshape", pooled, g.weight(np.int64([0, 4])))
     gate = g.add("Gemm", gate, g.random(4, 4), g.random(4), beta=0.5)
     gated = g.add("Mul", total, g.add("Reshape", gate, g.weight(np.int64([-1, 4, 1, 1]))))
+    size = 8
+    if shrinking:
+        inner = g.add("Conv", g.norm(gated, 4), g.random(4, 4, 3, 3), pads=[1, 1, 1, 1])
+        inner = g.add("PRelu", inner, g.random(4, 1, 1))
+        inner = g.add("Conv", inner, g.random(4, 4, 3, 3), pads=[1, 1, 1, 1], strides=[2, 2])
+        outer = g.add("Conv", gated, g.random(4, 4, 1, 1), strides=[2, 2])
+        gated, size = g.add("Add", inner, outer), 4
     flat = g.add("Flatten", g.add("Dropout", g.norm(gated, 4)))
-    encoded = g.add("Gemm", flat, g.random(6, 256), g.random(6), transB=1)
+    encoded = g.add("Gemm", flat, g.random(6, 4 * size * size), g.random(6), transB=1)
     g.norm(encoded, 6)
     return g
 
@@ -361,6 +387,30 @@ def test_an_imported_network_encodes_like_onnxruntime(tmp_path: Path) -> None:
         actual = network.neck(network.trunk(torch.from_numpy(images)))
     torch.testing.assert_close(actual, run_onnx(str(path), "image", images), rtol=1e-4, atol=1e-3)
     assert (network.feature_shape, network.embedding_size, network.size) == ((4, 8, 8), 6, 16)
+
+
+def test_the_last_stage_begins_before_the_last_block_that_shrinks_the_map(tmp_path: Path) -> None:
+    cut = read_face_network(residual_network(shrinking=True).write(tmp_path)).cut
+    assert cut is not None
+    assert cut.feature_shape == (4, 8, 8), "the value that both branches of the block begin with"
+    with torch.inference_mode():
+        feature = cut.last_stage(cut.early(torch.zeros(2, 3, 16, 16)))
+    assert feature.shape == (2, 4, 4, 4)
+
+
+def test_a_network_that_never_shrinks_the_map_has_no_last_stage(tmp_path: Path) -> None:
+    g = Graph()
+    g.add("Gemm", g.add("Flatten", g.add("Relu", "image")), g.random(768, 5))
+    assert read_face_network(g.write(tmp_path)).cut is None
+
+
+def test_a_network_whose_only_shrinking_layer_is_its_first_has_no_last_stage(
+    tmp_path: Path,
+) -> None:
+    g = Graph()
+    conv = g.add("Conv", "image", g.random(4, 3, 2, 2), strides=[2, 2])
+    g.add("Gemm", g.add("Flatten", conv), g.random(256, 5))
+    assert read_face_network(g.write(tmp_path)).cut is None
 
 
 def test_a_network_without_a_final_normalisation_gets_a_neutral_one(tmp_path: Path) -> None:

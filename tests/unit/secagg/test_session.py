@@ -458,19 +458,6 @@ def test_a_vector_that_cannot_be_read_any_more_leaves_the_sum_closed(vector: str
             again()
 
 
-@pytest.mark.parametrize("size", [79, 78])
-def test_a_sum_may_go_where_another_was(size: int) -> None:
-    parties = before(Parties.upload)
-    old = np.full(size, 7, np.uint32)
-    parties.upload()
-    parties.endorse()
-    parties.unmask()
-    total = parties.server.total(into=old)
-    assert np.array_equal(total, parties.sum_of(NAMES[:3]))
-    assert (total is old) is (size == 79)
-    assert (old == 7).all() is np.bool_(size != 79)
-
-
 def test_of_a_vector_nothing_is_read_before_the_sum_is_opened() -> None:
     parties = before(Parties.upload)
     asked = []

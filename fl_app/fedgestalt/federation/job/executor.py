@@ -29,6 +29,8 @@ from fedgestalt.federation.job.progress import ProgressLog
 from fedgestalt.federation.job.watch import PING
 from fedgestalt.federation.job.wire import body, fault_reply, to_shareable
 from fedgestalt.federation.site.settings import SiteSettings, read_settings
+from fedgestalt.hooks import get_registry
+from fedgestalt.hooks.registry import Registry
 from fedgestalt.messages import Message
 
 Handler = Callable[[object], Message]
@@ -155,6 +157,11 @@ class SiteExecutor(Executor):
         if self._settings is None:
             raise SiteError("no task has started yet")
         return self._settings
+
+    @property
+    def registry(self) -> Registry:
+        """The installed plugins, with this site's folder of weights files."""
+        return get_registry().with_weights(self.settings.weights_folder(self.site))
 
     @property
     def cohort(self) -> Cohort:

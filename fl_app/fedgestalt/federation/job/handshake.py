@@ -30,6 +30,7 @@ _REMEDIES: Final[Mapping[str, str]] = {
     "label map": "use the consortium's syndrome table and class list at every site",
     "classes": "use the consortium's class list at every site",
     "start model": "install the same versions of backbone plugins and weights",
+    "weights": "put the same file under this name into every machine's weights folder",
     "number plan": "submit the job anew, so that all sites get the same",
 }
 _SHOWN, _DIGEST = 12, 64

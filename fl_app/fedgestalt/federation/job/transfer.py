@@ -356,11 +356,47 @@ class DownloadDesk:
             sites: who may fetch it.
         """
         _check_offer(name, vector.size)
-        self._offer = _Offer(name, _as_words(vector), frozenset(sites))
+        words = _as_words(vector)
+        self._replace(_Offer(name, words.size, frozenset(sites), _InMemory(words)))
+
+    def offer_from_disk(
+        self, name: str, vector: Vector, sites: Collection[str], folder: Path
+    ) -> None:
+        """As :meth:`offer`, from a file without a name: the memory of ``vector`` may go.
+
+        Args:
+            name, vector, sites: see :meth:`offer`.
+            folder: where the file is; made if need be.
+
+        Raises:
+            ServerError: the file cannot be written.
+        """
+        _check_offer(name, vector.size)
+        words = _as_words(vector)
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            file = _OnDisk(_nameless_file(folder))
+            try:
+                _write_all(file.descriptor, words.data.cast("B"), 0)
+            except BaseException:
+                file.close()
+                raise
+        except OSError as error:
+            raise ServerError(
+                f"the server cannot store the sum ({error.strerror})",
+                where="server",
+                remedy="free disk space there",
+            ) from None
+        self._replace(_Offer(name, words.size, frozenset(sites), file))
 
     def withdraw(self) -> None:
         """End the offer; every later request is refused."""
-        self._offer = None
+        self._replace(None)
+
+    def _replace(self, offer: _Offer | None) -> None:
+        old, self._offer = self._offer, offer
+        if old is not None:
+            old.source.close()
 
     def _on_wanted(self, topic: str, request: Shareable, fl_ctx: FLContext) -> Shareable:  # noqa: ARG002
         try:
@@ -370,19 +406,59 @@ class DownloadDesk:
                 raise _refusal("nothing of this name is offered")
             if _sender(fl_ctx) not in offer.sites:
                 raise _refusal("nothing is offered to this site")
-            _check_chunk(wanted.chunk, None, len(offer.words))
+            _check_chunk(wanted.chunk, None, offer.size)
+            content = offer.source.read(*_bounds(wanted.chunk, offer.size))
         except FedgestaltError as error:
             return fault_reply(error)
-        first, last = _bounds(wanted.chunk, len(offer.words))
-        content = offer.words[first:last].tobytes()
         return to_shareable(Slice(wanted.chunk, zlib.crc32(content), content))
+
+
+class _InMemory:
+    """What is offered, as it lies in the server's memory."""
+
+    def __init__(self, words: Words) -> None:
+        self.words = words
+
+    def read(self, first: int, last: int) -> bytes:
+        return self.words[first:last].tobytes()
+
+    def close(self) -> None:
+        pass
+
+
+class _OnDisk:
+    """What is offered, in a file that is gone after :meth:`close`."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+        self._open, self._lock = True, threading.Lock()
+
+    def read(self, first: int, last: int) -> bytes:
+        count = (last - first) * WORD_BYTES
+        with self._lock:  # the number of a file that was closed may be another file's by now
+            if not self._open:
+                raise _refusal("nothing of this name is offered")
+            try:
+                content = os.pread(self.descriptor, count, first * WORD_BYTES)
+            except OSError as error:
+                raise _refusal(f"what is offered cannot be read ({error.strerror})") from None
+        if len(content) != count:
+            raise _refusal("what is offered was cut short")
+        return content
+
+    def close(self) -> None:
+        with self._lock:
+            if self._open:
+                os.close(self.descriptor)
+            self._open = False
 
 
 @dataclass(frozen=True)
 class _Offer:
     name: str
-    words: Words
+    size: int
     sites: frozenset[str]
+    source: _InMemory | _OnDisk
 
 
 def _sender(fl_ctx: FLContext) -> str:
@@ -441,7 +517,7 @@ def _nameless_file(folder: Path) -> int:
     return file
 
 
-def _write_all(file: int, content: bytes, offset: int) -> None:
+def _write_all(file: int, content: bytes | memoryview, offset: int) -> None:
     """Write everything, or raise OSError; a disk that is nearly full takes a part first."""
     left = memoryview(content)
     while left:

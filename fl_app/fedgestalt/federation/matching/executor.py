@@ -61,7 +61,6 @@ from fedgestalt.federation.matching.results import (
 from fedgestalt.federation.matching.shares import SharingSite
 from fedgestalt.federation.site.outgoing import record_sent
 from fedgestalt.federation.site.settings import ALL_ROWS
-from fedgestalt.hooks import get_registry
 from fedgestalt.learning.device import choose_device
 from fedgestalt.learning.encoding import Encodings, encode, layout_of
 from fedgestalt.learning.ensemble import Ensemble
@@ -147,7 +146,7 @@ class FlakeMatcher(SiteExecutor):
         self.settings.check_roster(self.site, start.roster)
         self.settings.check_strategy(start.strategy)
         self.settings.check_release(start.released_rows)
-        registry = get_registry()
+        registry = self.registry
         strategy = registry.matching.entry(start.strategy)
         self._strategy: MatchingStrategy = strategy.plugin
         if len(self._strategy.roles) > 1:
@@ -270,7 +269,7 @@ class FlakeMatcher(SiteExecutor):
                 progress=self.counter("download"),
             )
             folder = self.store / "ensembles" / self._started.ensemble
-            ensemble_from_words(words, kernel.transfer_key(self.job), folder, get_registry())
+            ensemble_from_words(words, kernel.transfer_key(self.job), folder, self.registry)
         return self._take(kernel)
 
     def _take(self, kernel: Kernel) -> KernelReady:
@@ -596,7 +595,7 @@ class FlakeMatcher(SiteExecutor):
     def _load(self) -> Ensemble:
         if self._ensemble is None:
             folder = self.store / "ensembles" / self._started.ensemble
-            ensemble, digest = load_ensemble(folder, get_registry())
+            ensemble, digest = load_ensemble(folder, self.registry)
             if digest != self._started.ensemble:
                 raise ConfigError("the stored ensemble has another digest", where=str(folder))
             self.settings.check_licences(ensemble.licences)

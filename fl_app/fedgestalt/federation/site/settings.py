@@ -27,6 +27,10 @@ class SiteSettings(Spec):
 
     data: str = Field(description="the site's cohort, a folder in GMDB layout")
     store: str = Field(description="where the site keeps models, features and its own results")
+    weights: str | None = Field(
+        default=None,
+        description="folder of the weights files that jobs name, for backbones that begin from one",
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="what trains and encodes; auto takes a GPU if there is one"
     )
@@ -107,6 +111,10 @@ class SiteSettings(Spec):
     def store_folder(self, site: str) -> Path:
         """The folder that only ``site`` reads and writes."""
         return Path(self.store.replace("{site}", site))
+
+    def weights_folder(self, site: str) -> Path | None:
+        """The folder with the weights files of ``site``, if it has one."""
+        return Path(self.weights.replace("{site}", site)) if self.weights else None
 
     def check_job(self, template: str) -> None:
         """Raise SiteError if this site does not take part in such jobs."""

@@ -34,6 +34,7 @@ class ZeroSumMaskAggregator(Aggregator):
         rule: ``mean``, or ``class-weighted``.
         reveal_aggregate_to: ``server``, or ``sites`` to keep the sum from the server as well.
         threat_model: ``malicious``, or ``honest-but-curious`` to lose more sites.
+        server_momentum: of the model's steps, 0 to below 1.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class ZeroSumMaskAggregator(Aggregator):
         rule: str = "mean",
         reveal_aggregate_to: str = "server",
         threat_model: str = "malicious",
+        server_momentum: float = 0.0,
     ) -> None:
         super().__init__()
         self._words = {
@@ -50,6 +52,7 @@ class ZeroSumMaskAggregator(Aggregator):
             "recipient": reveal_aggregate_to,
             "threat_model": threat_model,
         }
+        self._momentum = float(server_momentum)
         self._session: ServerSession | None = None
 
     def aggregation(self, max_weight: int) -> Aggregation:
@@ -59,7 +62,7 @@ class ZeroSumMaskAggregator(Aggregator):
             ConfigError: an argument is unknown.
         """
         try:
-            return Aggregation.named(**self._words, max_weight=max_weight)
+            return Aggregation.named(**self._words, max_weight=max_weight, momentum=self._momentum)
         except ServerError as error:
             raise ConfigError(error.what, where="arguments of the aggregator") from None
 

@@ -1,7 +1,8 @@
 """What a training job keeps between rounds, so that a crash loses the round in progress at most.
 
 The server keeps its state per job outside of FLARE's run folders, which end with the job. Each site
-keeps the last models that it applied, by digest, and how often an update to each has left it.
+keeps the last models that it applied, by digest, with what it trained beside them and gives to
+nobody, and how often an update to each has left it.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ MODELS_FOLDER: Final = "checkpoints"
 _SCHEMA = "fedgestalt.checkpoint/1"
 _STATE = "checkpoint.json"
 _JOB = re.compile(r"[A-Za-z0-9-]{1,64}")
+_OWN = ".own"
+"""Ending of the file beside a model with what stays at the site."""
 _JOBS_KEPT, _COUNTS_KEPT = 8, 1000
 _UNREADABLE = (
     *(OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError),
@@ -164,8 +167,18 @@ class SiteCheckpoints:
         self._folder = folder
         self._sent = folder / "sent.json"
 
-    def keep(self, digest: bytes, state: Mapping[str, NDArray[np.float32]]) -> None:
+    def keep(
+        self,
+        digest: bytes,
+        state: Mapping[str, NDArray[np.float32]],
+        own: Mapping[str, NDArray[np.float32]] | None = None,
+    ) -> None:
         """Keep a model; the oldest ones go.
+
+        Args:
+            digest: of the model.
+            state: its tensors.
+            own: those that this site trains and never gives away, as they were with this model.
 
         Raises:
             SiteError: the store cannot be written.
@@ -173,10 +186,13 @@ class SiteCheckpoints:
         target = _model_in(self._folder, digest.hex())
         try:
             self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            if own:
+                _write(target.with_suffix(_OWN), lambda path: write_tensors(path, own))
             _write(target, lambda path: write_tensors(path, state))
             older = sorted(set(self._folder.glob("*.safetensors")) - {target}, key=_age)
             for path in older[: 1 - MODELS_KEPT]:
                 path.unlink(missing_ok=True)
+                path.with_suffix(_OWN).unlink(missing_ok=True)
         except (OSError, SafetensorError) as error:
             raise SiteError(
                 f"the model of the round cannot be stored ({reason_of(error)})",
@@ -191,6 +207,13 @@ class SiteCheckpoints:
             if shared_state_digest(state) == digest:
                 os.utime(path)
                 return state
+        return None
+
+    def find_own(self, digest: bytes) -> SharedState | None:
+        """What the site itself had trained beside the model with this digest, or None."""
+        with suppress(*_UNREADABLE):
+            own: SharedState = load_file(_model_in(self._folder, digest.hex()).with_suffix(_OWN))
+            return own
         return None
 
     def times_sent(self, digest: bytes) -> int:

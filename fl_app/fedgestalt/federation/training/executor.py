@@ -49,7 +49,6 @@ from fedgestalt.federation.training.rounds import (
     with_metrics,
 )
 from fedgestalt.federation.training.transcript import record_digest, round_record
-from fedgestalt.hooks import get_registry
 from fedgestalt.hooks.registry import read_options
 from fedgestalt.learning.data import held_out_set, local_seed, training_set
 from fedgestalt.learning.device import choose_device
@@ -131,21 +130,22 @@ class EnsembleTrainer(SiteExecutor):
             recipient=join.recipient,
             threat_model=join.threat_model,
             max_weight=join.max_weight,
+            momentum=join.momentum,
         )
         self.settings.check_aggregation(chosen.recipient, chosen.threat_model)
         self._spec = read_options(
             EnsembleSpec, self._spec_fields, where="ensemble of the training job"
         )
-        registry = get_registry()
+        registry = self.registry
         self.settings.check_licences(weight_licences(self._spec, registry))
         self._roster = join.roster
         data = training_set(self.cohort)
         ensemble = build_ensemble(self._spec, data.classes, registry)
         self._outline = ensemble.outline()
         state = read_shared_state(ensemble)
-        self._model = GlobalModel(chosen.shared(state))
+        self._model = GlobalModel(chosen.shared(state, self._spec), chosen.momentum)
         self._rest = {n: v for n, v in state.items() if n not in self._model.state}
-        self._own = dict(self._rest)
+        self._own = self._trained_own = dict(self._rest)
         self._checkpoints = SiteCheckpoints(self.store / MODELS_FOLDER)
         if join.model and chosen.recipient is Recipient.SITES and not self._recall(join.model):
             raise SiteError(
@@ -176,7 +176,7 @@ class EnsembleTrainer(SiteExecutor):
         repeat = self._checkpoints.times_sent(message.model)
         start = {**self._own, **model.state}
         new, metrics = trainer.run_round(start, message.round, progress, repeat)
-        self._own = {name: new[name] for name in self._own}
+        self._trained_own = {name: new[name] for name in self._own}
         for name, values in model.state.items():
             if new[name].shape != values.shape:
                 raise SiteError(f"its training changed the shape of tensor {name}")
@@ -207,14 +207,16 @@ class EnsembleTrainer(SiteExecutor):
         model.load(flat)
         if model.digest != digest:
             raise ServerError("the model does not have the digest it names", where=self.site)
+        if model.momentum != np.float32(self._aggregation.momentum):
+            raise ServerError("the model has another momentum than the job", where=self.site)
 
     def _recall(self, digest: bytes) -> bool:
         kept = self._checkpoints.find(digest)
-        if kept is None or shapes_of(kept) != shapes_of(self._model.state):
+        if kept is None or not self._model.take(kept):
             return False
-        for name, values in kept.items():
-            self._model.state[name][...] = values
-        self._model.load(self._model.flat)
+        own = self._checkpoints.find_own(digest)
+        if own is not None and shapes_of(own) == shapes_of(self._own):
+            self._own = own
         return True
 
     # one session of secure aggregation
@@ -309,7 +311,8 @@ class EnsembleTrainer(SiteExecutor):
             session.unveil(words, survivors, threads=torch.get_num_threads())
         aggregate = facts.plan.decode(words)
         whose = "the consortium's last update"
-        check_update_norm(aggregate.mean, model.state, self.settings.max_update_norm, whose)
+        change = model.change(aggregate.mean)
+        check_update_norm(change, model.state, self.settings.max_update_norm, whose)
         self._metrics = read_metrics(aggregate.mean)
         model.step(aggregate.mean)
         record = round_record(
@@ -322,7 +325,8 @@ class EnsembleTrainer(SiteExecutor):
             model_after=model.digest,
             previous=message.previous,
         )
-        self._checkpoints.keep(model.digest, model.state)
+        self._own = self._trained_own
+        self._checkpoints.keep(model.digest, model.tensors, self._own)
         self._session = None
         self._last_record = record_digest(record)
         return Receipt(record, self.identity.sign(self._last_record))

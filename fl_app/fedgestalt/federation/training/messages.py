@@ -17,6 +17,7 @@ from fedgestalt.messages import (
     message,
     octets,
     octets_by_site,
+    real,
     several,
     text,
 )
@@ -34,18 +35,19 @@ class Join(Message):
     Attributes:
         roster: all sites of the job.
         max_weight: public bound on their sample weights.
-        scope, rule, recipient, threat_model: see :class:`.rounds.Aggregation`.
+        scope, rule, recipient, threat_model, momentum: see :class:`.rounds.Aggregation`.
         round: last complete round of the job that this one goes on from; 0 for a new model.
         model: digest of the model after that round; empty for a new model.
     """
 
-    schema: ClassVar[str] = "fedgestalt.training.join/3"
+    schema: ClassVar[str] = "fedgestalt.training.join/4"
     roster: tuple[str, ...] = several(text())
     max_weight: int = integer(1, 2**31)
     scope: str = text()
     rule: str = text()
     recipient: str = text()
     threat_model: str = text()
+    momentum: float = real(0, 1)
     round: int = integer(0, 1_000_000)
     model: bytes = octets(0, DIGEST_BYTES)
 

@@ -17,9 +17,12 @@ from fedgestalt.learning.ensemble import (
     Ensemble,
     SharedState,
     is_classifier,
+    is_statistic,
+    local_norms,
 )
 from fedgestalt.learning.spec import EnsembleSpec
 from fedgestalt.learning.training import MemberMetrics
+from fedgestalt.learning.weights import weights_digest
 from fedgestalt.secagg import (
     Aggregate,
     CountPlan,
@@ -48,7 +51,6 @@ _SOMEBODYS = (
 )
 _MANY_CLIPPED = 0.1
 """Of one site's values; honest training clips a thousandth at most, even of tiny networks."""
-_STATISTICS = ("running_mean", "running_second_moment")
 _METRICS_RANGE = 16.0
 _SOME_SITE = 1e-4
 _MARGIN = 2.0
@@ -89,6 +91,7 @@ class Aggregation:
         recipient: who learns the sum.
         threat_model: what the server may do; sets the threshold.
         max_weight: public bound on a site's training images.
+        momentum: of the model's steps (FedAvgM), 0 to below 1; see :class:`.model.GlobalModel`.
     """
 
     scope: Scope = Scope.ALL
@@ -96,23 +99,34 @@ class Aggregation:
     recipient: Recipient = Recipient.SERVER
     threat_model: ThreatModel = ThreatModel.MALICIOUS
     max_weight: int = 4096
+    momentum: float = 0.0
 
     @classmethod
     def named(
-        cls, *, scope: str, rule: str, recipient: str, threat_model: str, max_weight: int
+        cls,
+        *,
+        scope: str,
+        rule: str,
+        recipient: str,
+        threat_model: str,
+        max_weight: int,
+        momentum: float,
     ) -> Aggregation:
         """From the words of a message; raises ServerError for an unknown one."""
         try:
             chosen = Scope(scope), Rule(rule), Recipient(recipient), ThreatModel(threat_model)
         except ValueError as error:
             raise ServerError(f"the job asks for an aggregation of which {error}") from None
-        return cls(*chosen, max_weight)
+        if not 0 <= momentum < 1:
+            raise ServerError(f"the job asks for a server momentum of {momentum}, not 0 to below 1")
+        return cls(*chosen, max_weight, momentum)
 
-    def shared(self, state: SharedState) -> SharedState:
-        """The part of a state that is aggregated."""
-        if self.scope is Scope.ALL:
-            return state
-        return {name: values for name, values in state.items() if not is_classifier(name)}
+    def shared(self, state: SharedState, spec: EnsembleSpec) -> SharedState:
+        """The part of an ensemble's state that is aggregated; the rest never leaves the sites."""
+        kept = set(local_norms(spec, state))
+        if self.scope is Scope.ENCODER:
+            kept |= {name for name in state if is_classifier(name)}
+        return {name: values for name, values in state.items() if name not in kept}
 
 
 def training_facts(
@@ -134,7 +148,8 @@ def training_facts(
     Raises:
         PlanError: the sum could overflow.
     """
-    shared, spec = aggregation.shared(state), ensemble.spec
+    spec = ensemble.spec
+    shared = aggregation.shared(state, spec)
     exponents = exponents_of(first_ranges(shared, spec))
     shapes = shapes_of(shared)
     plan = number_plan(shapes, exponents, len(roster), aggregation, spec, ensemble.classes)
@@ -143,6 +158,7 @@ def training_facts(
         "classes": str(ensemble.classes),
         "start model": ensemble.start_digest,
         "number plan": plan.digest.hex(),
+        **{f"weights {name}": weights_digest(path) for name, path in ensemble.weights.items()},
     }
 
 
@@ -158,7 +174,7 @@ def check_update_norm(
     """
     squares = {"update": 0.0, "model": 0.0}
     for name, values in state.items():
-        counts = not name.endswith(_STATISTICS)
+        counts = not is_statistic(name)
         for _, change in blocks_of(update, name):
             if not np.isfinite(change).all():
                 raise SiteError(
@@ -245,7 +261,7 @@ def first_ranges(state: SharedState, spec: EnsembleSpec) -> dict[str, float]:
     """Ranges of the first round's deltas, from the start model; wide, for nothing is known yet."""
     ranges = {}
     for name, values in state.items():
-        floor = 64.0 if name.endswith(_STATISTICS) else 1.0
+        floor = 64.0 if is_statistic(name) else 1.0
         ranges[name] = max(floor, 2 * _largest(values))
     return ranges | dict.fromkeys(metric_names(spec), _METRICS_RANGE)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fedgestalt.errors import FedgestaltError, PeerError, RoundFailedError, ServerError
 from fedgestalt.federation.job.identity import PublicIdentity
@@ -46,13 +46,16 @@ class Opened:
         facts: of the session.
         agreement: digest of its keys and share headers.
         survivors: whose updates it holds.
-        words: (plan.words,) uint32; until the next sum is opened.
     """
 
     facts: SessionFacts
     agreement: bytes
     survivors: tuple[str, ...]
-    words: Words
+    _words: list[Words] = field(repr=False)
+
+    def take_words(self) -> Words:
+        """The sum, (plan.words,) uint32; only once, so that its memory goes with its user."""
+        return self._words.pop()
 
 
 class SecureRounds:
@@ -85,7 +88,6 @@ class SecureRounds:
         self._members, self._minimum = members, minimum_sites
         self._threads, self._warn = threads, warn
         self._attempt = 0
-        self._sum: Words | None = None
 
     def open_sum(self, sites: Collection[str], facts_of: FactsOf) -> Opened:
         """Sum the updates of ``sites``, all of which have trained.
@@ -124,12 +126,12 @@ class SecureRounds:
 
             self._ask(UNMASK, endorsements, take, helpers, lambda: len(given) >= facts.threshold)
             give_back()  # what the uploads went through
-            words = self._sum = session.total(threads=self._threads, into=self._sum)
+            words = session.total(threads=self._threads)
         except ServerError as error:
             raise RoundFailedError(error.what, where=error.where, remedy=error.remedy) from None
         finally:
             self._uploads.close()
-        return Opened(facts, session.agreement, survivors.sites, words)
+        return Opened(facts, session.agreement, survivors.sites, [words])
 
     def _agree(self, sites: set[str], facts_of: FactsOf) -> SessionFacts:
         """Keys and shares, again with those who are left until nobody is lost meanwhile."""

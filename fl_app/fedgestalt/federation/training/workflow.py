@@ -31,10 +31,11 @@ from fedgestalt.errors import (
     PeerError,
     RoundFailedError,
     ServerError,
+    SiteError,
 )
 from fedgestalt.federation.job.handshake import Present
 from fedgestalt.federation.job.identity import Trust
-from fedgestalt.federation.job.memory import give_back
+from fedgestalt.federation.job.memory import give_back, keep_no_large_blocks
 from fedgestalt.federation.job.transfer import DownloadDesk, UploadDesk
 from fedgestalt.federation.job.workflow import OnReply, PhasedWorkflow
 from fedgestalt.federation.tasks import APPLY, JOIN, PUBLISH, TRAIN
@@ -86,9 +87,11 @@ from fedgestalt.learning.ensemble import (
 from fedgestalt.learning.spec import EnsembleSpec
 from fedgestalt.learning.store import save_ensemble
 from fedgestalt.messages import Message, from_site
-from fedgestalt.secagg import AES, CHACHA20, MINIMUM_SITES, Recipient, SessionFacts
+from fedgestalt.secagg import AES, CHACHA20, MINIMUM_SITES, Recipient, SessionFacts, Words
 
 MAXIMUM_CLASSES = 1_000_000
+WEIGHTS_FOLDER = Path("fedgestalt") / "weights"
+"""In the server's workspace: files that jobs name to begin from."""
 _TRIES = 3
 """How often one round may fail before the job does."""
 
@@ -149,8 +152,10 @@ class EnsembleTrainingWorkflow(PhasedWorkflow):
     def start_controller(self, fl_ctx: FLContext) -> None:
         """Find the folders, and whom to believe; open the desks for vectors."""
         super().start_controller(fl_ctx)
+        keep_no_large_blocks()
         workspace = fl_ctx.get_engine().get_workspace()
         self._checkpoints = ServerCheckpoints(Path(workspace.get_root_dir()) / CHECKPOINTS_FOLDER)
+        self._weights = Path(workspace.get_root_dir()) / WEIGHTS_FOLDER
         startup = Path(workspace.get_startup_kit_dir())
         # Sites prove themselves to each other; here it only tells whose fault a message is. The
         # simulator's server has no kit.
@@ -231,6 +236,7 @@ class EnsembleTrainingWorkflow(PhasedWorkflow):
                 "rule": self._aggregation.rule,
                 "reveal_aggregate_to": self._aggregation.recipient,
                 "threat_model": self._aggregation.threat_model,
+                "server_momentum": self._aggregation.momentum,
             },
             **({"resumed_from": self._resume_from} if self._resume_from else {}),
         }
@@ -240,7 +246,7 @@ class EnsembleTrainingWorkflow(PhasedWorkflow):
         checkpoint, kept = self._load_checkpoint()
         self._handshake(checkpoint, self.roster, abort_signal, fl_ctx)
         give_back()  # the network is gone, its parameters are in the start state
-        model = GlobalModel(self._start_state)
+        model = GlobalModel(self._start_state, self._aggregation.momentum)
         self._shapes = shapes_of(model.state)
         self._model_digest = model.digest
         self._ranges = first_ranges(model.state, self._spec)
@@ -250,7 +256,7 @@ class EnsembleTrainingWorkflow(PhasedWorkflow):
             self._transcript = Transcript.of(dict(checkpoint.transcript))
             self._model_digest = bytes.fromhex(checkpoint.model)
             if kept is not None:
-                model = GlobalModel(kept)
+                model.take(kept)  # that of the same ensemble and aggregation
         self._model = model if self._reveals else None
         self._start_state = {}
         give_back()
@@ -286,7 +292,7 @@ class EnsembleTrainingWorkflow(PhasedWorkflow):
         fl_ctx: FLContext,
     ) -> None:
         """Compare what the sites would start from, with the same built here."""
-        registry, chosen = get_registry(), self._aggregation
+        registry, chosen = get_registry().with_weights(self._weights), self._aggregation
 
         def own_facts(stated: Mapping[str, Present]) -> Mapping[str, str]:
             if self._agreed:  # by those who were there; whoever comes late must fit
@@ -295,11 +301,15 @@ class EnsembleTrainingWorkflow(PhasedWorkflow):
             count = counted.most_common(1)[0][0]
             if not count.isdecimal() or not 2 <= int(count) <= MAXIMUM_CLASSES:
                 return {}
-            ensemble = build_ensemble(self._spec, int(count), registry)
+            try:
+                ensemble = build_ensemble(self._spec, int(count), registry)
+            except (ConfigError, SiteError) as error:
+                error.where = f"server, {error.where}"
+                raise
             state = read_shared_state(ensemble)
             facts = training_facts(ensemble, state, self.roster, chosen, registry)
             self._outline = ensemble.outline()
-            self._start_state = chosen.shared(state)
+            self._start_state = chosen.shared(state, self._spec)
             self._rest = {n: v for n, v in state.items() if n not in self._start_state}
             return facts
 
@@ -310,6 +320,7 @@ class EnsembleTrainingWorkflow(PhasedWorkflow):
             chosen.rule,
             chosen.recipient,
             chosen.threat_model,
+            chosen.momentum,
             checkpoint.round if checkpoint else self._round,
             bytes.fromhex(checkpoint.model) if checkpoint else b"",
         )
@@ -426,31 +437,41 @@ class EnsembleTrainingWorkflow(PhasedWorkflow):
             "sites": list(opened.survivors),
             "uploaded_bytes_per_site": 4 * facts.plan.words,
         }
-        expected = b""
-        if self._model is not None:
-            aggregate = facts.plan.decode(opened.words)
-            if warning := clipping_warning(number, aggregate, facts.plan):
-                self.status.warn(warning)
-            state, bound = self._model.state, self._max_update_norm
-            check_update_norm(aggregate.mean, state, bound, "the mean of all updates")
-            self._metrics = read_metrics(aggregate.mean)
-            self._ranges = next_ranges(self._ranges, aggregate)
-            self._model.step(aggregate.mean)
-            clipped = sum(aggregate.clipped.values())
-            record |= {"images": aggregate.weight, "members": self._metrics, "clipped": clipped}
-            expected = round_record(
-                facts,
-                agreement=opened.agreement,
-                survivors=opened.survivors,
-                sum_digest=hashlib.sha256(opened.words.data).digest(),
-                weight=aggregate.weight,
-                clipped=clipped,
-                model_after=self._model.digest,
-                previous=self._transcript.last,
-            )
+        words = opened.take_words()
+        expected = b"" if self._model is None else self._step(self._model, opened, words, record)
+        # From disk: in memory it would lie beside the model while FLARE sends it.
+        self._downloads.offer_from_disk(facts.digest.hex(), words, facts.roster, self.folder)
+        del words
         signed = self._collect_receipts(opened, expected)
         self._current = set(signed)
         return record
+
+    def _step(
+        self, model: GlobalModel, opened: Opened, words: Words, record: dict[str, Any]
+    ) -> bytes:
+        """Check the sum and move the server's model; returns the record that sites will sign."""
+        facts = opened.facts
+        aggregate = facts.plan.decode(words)
+        if warning := clipping_warning(facts.round, aggregate, facts.plan):
+            self.status.warn(warning)
+        bound = self._max_update_norm
+        change = model.change(aggregate.mean)
+        check_update_norm(change, model.state, bound, "the mean of all updates")
+        self._metrics = read_metrics(aggregate.mean)
+        self._ranges = next_ranges(self._ranges, aggregate)
+        model.step(aggregate.mean)
+        clipped = sum(aggregate.clipped.values())
+        record |= {"images": aggregate.weight, "members": self._metrics, "clipped": clipped}
+        return round_record(
+            facts,
+            agreement=opened.agreement,
+            survivors=opened.survivors,
+            sum_digest=hashlib.sha256(words.data).digest(),
+            weight=aggregate.weight,
+            clipped=clipped,
+            model_after=model.digest,
+            previous=self._transcript.last,
+        )
 
     def _collect_receipts(self, opened: Opened, expected: bytes) -> dict[str, bytes]:
         """Have the sites apply the sum; all of them must sign one record."""
@@ -468,8 +489,6 @@ class EnsembleTrainingWorkflow(PhasedWorkflow):
             records[site], signed[site] = receipt.record, receipt.signature
             self.status.sent(site, 4 * opened.facts.plan.words)
 
-        name = opened.facts.digest.hex()
-        self._downloads.offer(name, opened.words, opened.facts.roster)
         message = Apply(opened.facts.digest, opened.survivors, self._transcript.last)
         there = set(opened.survivors) - self.lost_sites(opened.survivors).keys()
         self._gather_from(APPLY, message, on_receipt, there, lambda: False)
@@ -496,7 +515,7 @@ class EnsembleTrainingWorkflow(PhasedWorkflow):
             records=self._records,
             transcript=self._transcript.document(),
         )
-        self._checkpoints.save(checkpoint, self._model.state if self._model else None)
+        self._checkpoints.save(checkpoint, self._model.tensors if self._model else None)
 
     def _leave_transcript(self) -> None:
         """Write the transcript; a full disk must not hide why the job ended."""
