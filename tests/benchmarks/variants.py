@@ -3,10 +3,11 @@
 ``python tests/benchmarks/variants.py --seeds 3 --out build/variants``
 
 For each seed: a cohort, SFace with neck and classifier trained on its gallery, and the nearest
-gallery image of each frequent test image. *Fresh* training sees a variant in one epoch and never
-again; training with K variants sees one of K, drawn before. Everything else is the same. Intervals
-are 95 % bootstrap intervals over the subjects of all seeds, of the paired difference to fresh
-training in mean per-syndrome top-1 and top-5. One JSON line per finished run; what is there is not
+gallery image of each frequent test image (both as they are, without test-time variants). *Fresh*
+training sees a variant in one epoch and never again; training with K variants sees one of K, drawn
+before. Everything else is the same. Intervals are 95 % bootstrap intervals over the subjects of all
+seeds, of the paired difference to fresh training in mean per-syndrome top-1 and top-5.
+One JSON line per finished run; what is there is not
 run again.
 """
 
@@ -29,8 +30,12 @@ from fedgestalt.hooks import get_registry
 from fedgestalt.learning.blocks import training_pictures
 from fedgestalt.learning.data import training_set
 from fedgestalt.learning.device import choose_device
-from fedgestalt.learning.encoding import encode
-from fedgestalt.learning.ensemble import build_ensemble, read_shared_state, write_shared_state
+from fedgestalt.learning.ensemble import (
+    Ensemble,
+    build_ensemble,
+    read_shared_state,
+    write_shared_state,
+)
 from fedgestalt.learning.features import trunk_features
 from fedgestalt.learning.images import FaceFiles
 from fedgestalt.learning.spec import EnsembleSpec, MemberSpec, TrainingSpec
@@ -98,12 +103,12 @@ def run(seed: int, folder: Path, steps: Steps) -> list[dict[str, Any]]:
 
 
 def outcomes(
-    cohort: Cohort, ensemble: Any, device: torch.device, cache: Path
+    cohort: Cohort, ensemble: Ensemble, device: torch.device, cache: Path
 ) -> list[tuple[str, int, int]]:
     """(subject, syndrome, rank of the true syndrome) of each frequent test image."""
     sides = (cohort.frequent_test, cohort.frequent_gallery)
     records = [tuple(cohort.records(images)) for images in sides]
-    queries, gallery = (encode(ensemble, FaceFiles(r), device, cache) for r in records)
+    queries, gallery = (vectors(ensemble, FaceFiles(r), device, cache) for r in records)
     labels = np.array([record.syndrome for record in records[1]])
     rows = []
     for record, scores in zip(records[0], queries @ gallery.T, strict=True):
@@ -111,6 +116,18 @@ def outcomes(
         rank = sum(score >= best[record.syndrome] for score in best.values())
         rows.append((record.subject, record.syndrome, rank))
     return rows
+
+
+def vectors(
+    ensemble: Ensemble, faces: FaceFiles, device: torch.device, cache: Path
+) -> NDArray[np.float32]:
+    """One vector of length 1 for each photograph as it is."""
+    (member,) = ensemble.members
+    features = trunk_features(member, training_pictures(faces, 1, (0,)), device, cache)
+    with torch.inference_mode():
+        found = member.neck(features[:, 0].float())
+    result: NDArray[np.float32] = torch.nn.functional.normalize(found, dim=1).numpy()
+    return result
 
 
 def top(rows: NDArray[np.int64], weights: NDArray[np.float64], k: int) -> float:

@@ -20,7 +20,15 @@ from numpy.typing import NDArray
 from fedgestalt import RESEARCH_USE_ONLY
 from fedgestalt import encode as encode_module
 from fedgestalt.cli import CALL_WRONG, WORK_FAILED, main
-from fedgestalt.cohort import read_encodings, save_jpeg
+from fedgestalt.cohort import (
+    Cohort,
+    ImageRecord,
+    Syndrome,
+    image_file,
+    read_encodings,
+    save_jpeg,
+    write_cohort,
+)
 from fedgestalt.hooks import get_registry
 from fedgestalt.learning.bundle import read_bundle, write_bundle
 from fedgestalt.learning.encoding import encode
@@ -125,6 +133,26 @@ def test_a_photograph_is_aligned_first(model: Path, tmp_path: Path) -> None:
     face = plugin.align(pixels, plugin.options()).pixels  # type: ignore[arg-type]
     expected = encode(read_bundle(model, get_registry()).ensemble, face[None], CPU)
     np.testing.assert_allclose(table.vectors, expected, atol=1e-3)
+
+
+def test_a_folder_in_gmdb_layout_is_encoded_for_evaluation(model: Path, tmp_path: Path) -> None:
+    root = tmp_path / "cohort"
+    (root / "gmdb_align").mkdir(parents=True)
+    images = {}
+    for number, face in enumerate(aligned(6), 1):
+        record = ImageRecord(str(number), f"p{number}", number % 2, image_file(root, str(number)))
+        save_jpeg(record.path, face)
+        images[record.image_id] = record
+    syndromes = {i: Syndrome(i, f"syndrome {i}") for i in (0, 1)}
+    train, test = ("1", "2", "3", "4"), ("5", "6")
+    cohort = Cohort("c", "v1", root, images, syndromes, (0, 1), train, frequent_test=test)
+    write_cohort(cohort, root)
+    result = run(model, root, tmp_path / "e.npz")
+    assert result.exit_code == 0, result.stderr
+    assert read_encodings(tmp_path / "e.npz").image_ids == tuple("123456")
+    arguments = ["evaluate", str(tmp_path / "e.npz"), "--cohort", str(root), "--json"]
+    evaluated = CliRunner().invoke(main, arguments)
+    assert evaluated.exit_code == 0, evaluated.stderr
 
 
 def test_photographs_that_fail_are_named_and_the_others_encoded(
