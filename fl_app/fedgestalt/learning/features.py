@@ -85,7 +85,7 @@ def trunk_features(
             with crew.together():
                 mapped = _mapped(temporary, shape, dtype, True)
                 _compute(member, pictures, device, mapped, progress, digests, crew)
-            crew.from_leader(lambda: temporary.replace(target))
+            crew.from_leader(lambda: _keep(temporary, target))
         finally:
             if crew.leads:
                 temporary.unlink(missing_ok=True)
@@ -129,6 +129,16 @@ def reserve_file(folder: Path, size: int, what: str = "the feature cache") -> Pa
     finally:
         os.close(handle)
     return path
+
+
+def _keep(temporary: Path, target: Path) -> None:
+    try:
+        temporary.replace(target)
+    except OSError as error:
+        raise SiteError(
+            f"the feature cache cannot be written ({error.strerror})",
+            remedy="leave the cache alone while a job is running",
+        ) from None
 
 
 def _mapped(path: Path, shape: tuple[int, ...], dtype: torch.dtype, write: bool) -> torch.Tensor:

@@ -230,6 +230,15 @@ def test_a_cache_that_cannot_be_made_is_an_error(member: Member, tmp_path: Path)
         trunk_features(member, noise(), CPU, tmp_path / "file" / "cache")
 
 
+def test_a_cache_that_is_emptied_in_between_is_an_error(member: Member, tmp_path: Path) -> None:
+    def empty(done: int, total: int) -> None:
+        for path in tmp_path.iterdir():
+            path.unlink()
+
+    with pytest.raises(SiteError, match="leave the cache alone while a job is running"):
+        trunk_features(member, noise(), CPU, tmp_path, empty)
+
+
 @pytest.mark.parametrize("cached", [False, True])
 def test_progress_counts_images_up_to_all(member: Member, tmp_path: Path, cached: bool) -> None:
     told: list[tuple[int, int]] = []
