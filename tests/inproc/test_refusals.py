@@ -13,6 +13,7 @@ import pytest
 from consortium import BothJobs, Consortium, Run, tiny_ensemble
 from nvflare.apis.shareable import Shareable
 
+from fedgestalt.cohort import Syndrome, write_silos
 from fedgestalt.errors import DataError
 from fedgestalt.federation.job import executor as site_module
 from fedgestalt.federation.job.wire import fault_of
@@ -65,6 +66,42 @@ def test_sites_that_differ_in_different_things_are_named_in_one_reason(tmp_path:
     for site in consortium.sites:
         assert not (consortium.store(site) / "ensembles").exists()
         assert not (consortium.store(site) / "cache").exists()
+
+
+RENAMED = {12: Syndrome(12, "ANOTHER-NAME")}
+
+
+@pytest.mark.parametrize(
+    ("changes", "facts"),
+    [
+        ({"syndromes": RENAMED}, ("label map",)),
+        ({"classes": (12, 11, 13)}, ("label map",)),
+        ({"classes": (11, 12)}, ("classes", "label map", "start model")),
+    ],
+    ids=["another name", "another order", "a class less"],
+)
+def test_a_site_whose_class_map_differs_is_named_with_what_to_do(
+    tmp_path: Path, three_sites: Consortium, changes: dict[str, Any], facts: tuple[str, ...]
+) -> None:
+    """No row of it is told: the server learns digests of the labels alone."""
+    own = three_sites.silos["bonn"]
+    if "syndromes" in changes:
+        changes = {"syndromes": {**own.syndromes, **changes["syndromes"]}}
+    index = changes.get("classes", own.classes)
+    train, tests = (
+        tuple(image for image in images if own.images[image].syndrome in index)
+        for images in (own.train, own.frequent_test)
+    )
+    other = dataclasses.replace(own, train=train, frequent_test=tests, **changes)
+    write_silos({"bonn": other}, tmp_path / "other")
+    settings = {"bonn": {"data": str(tmp_path / "other" / "bonn")}}
+    run = Consortium(tmp_path, source=three_sites, site_settings=settings).run(JOB)
+    said = parts(reason(run, "fgm_join"))
+    assert said.keys() == {"bonn"}
+    for fact in facts:
+        assert f"{fact} is " in said["bonn"]
+    assert "use the consortium's syndrome table and class list at every site" in said["bonn"]
+    assert "ANOTHER-NAME" not in str(run.outcome)
 
 
 def test_a_refusal_counts_with_the_bytes_of_its_sentence(tmp_path: Path) -> None:

@@ -116,6 +116,8 @@ def _policy(
         folder = data or settings.data_folder(kit.name)
         found += site_policy.data_folder(folder)
         found += site_policy.store_folder(settings.store_folder(kit.name), folder)
+        if weights := settings.weights_folder(kit.name):
+            found += site_policy.weights_folder(weights)
     else:
         found += not_checked("policy.data", "the site's policy cannot be read")
         found += not_checked("policy.store", "the site's policy cannot be read")

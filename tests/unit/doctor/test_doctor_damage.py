@@ -525,6 +525,24 @@ def the_store_is_named_by_half_a_path(site: Hospital, patch: pytest.MonkeyPatch)
     site.policy(store="store")
 
 
+@damage("policy.weights", "there is no weights folder")
+def the_weights_folder_is_not_there(site: Hospital, patch: pytest.MonkeyPatch) -> None:
+    site.policy(weights=str(site.folder / "no-weights"))
+
+
+@damage("policy.weights", "is empty", state="warning")
+def the_weights_folder_is_empty(site: Hospital, patch: pytest.MonkeyPatch) -> None:
+    (site.folder / "weights").mkdir()
+    site.policy(weights=str(site.folder / "weights"))
+
+
+@damage("policy.weights", "depends on the folder", state="warning")
+def the_weights_folder_is_named_by_half_a_path(site: Hospital, patch: pytest.MonkeyPatch) -> None:
+    patch.chdir(site.folder)
+    (site.folder / "weights").mkdir()
+    site.policy(weights="weights")
+
+
 # --- machine and data ----------------------------------------------------------------------------
 
 
