@@ -14,7 +14,7 @@ from fedgestalt import RESEARCH_USE_ONLY
 from fedgestalt.cohort import Cohort
 from fedgestalt.errors import DataError
 
-_LEFT, _TOP, _ROW, _GAP = 176.0, 92.0, 34.0, 16.0
+_LEFT, _TOP, _ROW, _GAP = 204.0, 92.0, 34.0, 16.0
 _WIDEST, _ALL_COLUMNS = 30.0, 900.0
 _NUMBERED: Final = 15.0  # from this width on, a column says which syndrome it is
 _STEPS: Final = 5
@@ -86,7 +86,7 @@ def split_picture(silos: Mapping[str, Cohort], how: str) -> Markup:
         top = _TOP + index * _ROW
         shown = site if len(site) <= 22 else f"{site[:21]}…"
         parts.append(_text(16, top + 14, shown, ""))
-        size = f"{len(silo.images):,} images of {len(silo.subjects):,}"
+        size = f"{len(silo.images):,} images, {len(silo.subjects):,} subjects"
         parts.append(_text(16, top + 28, size, "soft"))
         for syndrome, x in places.items():
             parts += _cell(x, top, cell, held[site][syndrome], most)

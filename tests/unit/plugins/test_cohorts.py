@@ -87,7 +87,7 @@ def test_a_built_cohort_passes_the_checks_that_are_made_on_request(built, name):
     looked = count()
 
     def find_face(pixels):
-        if next(looked) % 40:
+        if next(looked) % 80:
             return AlignedFace(pixels, size=80.0)  # all of them would take a minute
         return preprocessor.align(pixels, options)
 
