@@ -16,7 +16,8 @@ from fedgestalt.errors import ConfigError, FedgestaltError, PluginError
 
 if TYPE_CHECKING:
     from fedgestalt.cohort import Cohort, FaceFinder
-    from fedgestalt.contracts import Pixels
+    from fedgestalt.console import Steps
+    from fedgestalt.contracts import AlignedFace, Pixels
 
 WORK_FAILED, CALL_WRONG = 1, 2
 _WRONG_CALLS = (ConfigError, PluginError)
@@ -203,21 +204,15 @@ def cohort_import(
 
     _refuse_existing(out)
     agreed = read_label_map(labels) if labels else None
-    find_face, steps, done = _face_finder(preprocessor), Steps(), 0
-
-    def align(photograph: Pixels) -> Pixels:
-        nonlocal done
-        done += 1
-        steps.note(f"photograph {done}")
-        return find_face(photograph).pixels
-
+    steps = Steps()
+    find_face = _face_finder(preprocessor, steps)
     with steps.step("import", f"Aligning the photographs of {table.name}"):
         _write_folder(
             out,
             lambda partial: import_csv(
                 table,
                 partial,
-                align,
+                lambda photograph: find_face(photograph).pixels,
                 labels=agreed,
                 version=version,
                 test_share=test_share,
@@ -300,16 +295,18 @@ def cohort_check(
 
     from fedgestalt.cohort import check_cohort, check_table, counts_of, read_cohort, read_label_map
     from fedgestalt.cohort.phenotype import ontology_is_installed
+    from fedgestalt.console import Steps
 
     agreed = read_label_map(labels) if labels else None
-    counts = None
-    if source.suffix == ".csv":
-        findings = check_table(source, _face_finder(preprocessor), labels=agreed)
-    else:
-        find_face = _face_finder(preprocessor) if faces else None
-        findings = check_cohort(source, labels=agreed, find_face=find_face)
+    counts, steps, is_table = None, Steps(), source.suffix == ".csv"
+    find_face = _face_finder(preprocessor, steps) if faces or is_table else None
+    with steps.step("check", f"Checking {source.name}"):
+        if is_table and find_face:
+            findings = check_table(source, find_face, labels=agreed)
+        else:
+            findings = check_cohort(source, labels=agreed, find_face=find_face)
     errors = [finding for finding in findings if finding.severity == "error"]
-    if source.suffix != ".csv" and not errors:
+    if not is_table and not errors:
         counts = counts_of(read_cohort(source))
     left_out = [] if ontology_is_installed() else ["HPO terms (install fedgestalt[phenotype])"]
     if as_json:
@@ -395,8 +392,10 @@ def evaluate(
         show(document, Console(highlight=False))
 
 
-def _face_finder(name: str | None) -> FaceFinder:
+def _face_finder(name: str | None, steps: Steps) -> FaceFinder:
     """Align by the preprocessor called ``name``, or by the only one there is."""
+    import itertools
+
     from fedgestalt.hooks import get_registry
 
     catalogue = get_registry().preprocessors
@@ -407,8 +406,13 @@ def _face_finder(name: str | None) -> FaceFinder:
             remedy=f"name one with --preprocessor: {', '.join(names)}" if names else "install one",
         )
     preprocessor = catalogue.get(name or names[0])
-    options = preprocessor.options()
-    return lambda photograph: preprocessor.align(photograph, options)
+    options, numbers = preprocessor.options(), itertools.count(1)
+
+    def find(photograph: Pixels) -> AlignedFace:
+        steps.note(f"photograph {next(numbers)}")
+        return preprocessor.align(photograph, options)
+
+    return find
 
 
 def _say_size(place: Path, held: Cohort) -> None:

@@ -8,9 +8,10 @@ Two steps, both on the aligned face in grey:
 2. The correlation of the two faces at 32 x 32 pixels, which brightness and contrast do not change.
    From 0.995 on they are taken for one photograph.
 
-Measured on the cohorts that come with the project: stored again at JPEG quality 50, scaled to 80
-pixels and back, brightened, or turned grey, a face correlates with itself at 0.995 or more; two
-photographs of one person, taken within seconds, at 0.9915 or less; so nothing is reported in them.
+Measured on the cohorts that come with the project (tests/unit/plugins/test_cohorts.py): stored
+again at JPEG quality 50, scaled to 80 pixels and back, brightened, or turned grey, a face
+correlates with itself at 0.995 or more; two photographs of one person, taken within seconds, at
+0.9915 or less; so nothing is reported in them.
 A face that was aligned anew, moved by a pixel or turned by a degree, falls below the threshold: the
 check finds copies, and does not recognise people.
 """

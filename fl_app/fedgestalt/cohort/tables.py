@@ -19,7 +19,7 @@ from fedgestalt.errors import DataError
 
 Row = Mapping[str, str]
 
-_BREAKS = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
+_NOT_KEPT = re.compile(r"[\x00\r\ud800-\udfff]")
 _INTEGER = re.compile(r"-?[0-9]{1,9}")
 _HPO_ID = re.compile(r"HP:[0-9]{7}")
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
@@ -66,6 +66,15 @@ def raise_errors(finding: Finding) -> None:
 def is_plain_name(name: str) -> bool:
     """Whether ``name`` is safe as a file name: letters, digits, dot, hyphen, underscore."""
     return _PLAIN_NAME.fullmatch(name) is not None
+
+
+def is_kept(cell: str) -> bool:
+    """Whether a table gives ``cell`` back as it was written.
+
+    Space around it is stripped when it is read; a carriage return would end the row, and null
+    characters and lone surrogates are no text.
+    """
+    return cell == cell.strip() and not _NOT_KEPT.search(cell)
 
 
 def integer(text: str) -> int | None:
@@ -149,14 +158,13 @@ def write_table(path: Path, columns: Sequence[str], rows: Iterable[Sequence[obje
     """Write a CSV, or a TSV if the name ends in ``.tsv``; UTF-8, one line feed per row.
 
     Raises:
-        DataError: a cell has space around it, or a line break or control character in it, and would
-            not be read as it was written.
+        DataError: a cell would not be read as it was written; see :func:`is_kept`.
     """
     delimiter = "\t" if path.suffix == ".tsv" else ","
     cells = [[str(cell) for cell in row] for row in rows]
     for number, row in enumerate(cells, 2):
         for column, cell in zip(columns, row, strict=True):
-            if cell != cell.strip() or _BREAKS.search(cell):
+            if not is_kept(cell):
                 what = f"a value of {column!r} has space around it or a control character in it"
                 raise Finding("error", path.name, number, what, "take it out").as_error()
     with path.open("w", encoding="utf-8", newline="") as stream:

@@ -14,7 +14,7 @@ from fedgestalt import RESEARCH_USE_ONLY
 from fedgestalt.cohort import Cohort
 from fedgestalt.errors import DataError
 
-_LEFT, _TOP, _ROW, _GAP = 204.0, 92.0, 34.0, 16.0
+_LEFT, _TOP, _ROW, _GAP = 236.0, 92.0, 34.0, 16.0
 _WIDEST, _ALL_COLUMNS = 30.0, 900.0
 _NUMBERED: Final = 15.0  # from this width on, a column says which syndrome it is
 _STEPS: Final = 5

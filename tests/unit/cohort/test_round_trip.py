@@ -33,7 +33,7 @@ FILES = {
 }
 
 cells = st.text(
-    st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), min_size=1, max_size=12
+    st.characters(codec="utf-8", exclude_characters="\r\0"), min_size=1, max_size=12
 ).filter(lambda text: text == text.strip())
 names = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,8}", fullmatch=True)
 versions = st.sampled_from(["v1.0.3", "v1.1.0", "v2"])
@@ -128,7 +128,7 @@ def test_both_names_of_the_omim_column_are_read_and_the_current_one_is_written(
     assert read_cohort(tmp_path / "new").images["1"].facts["omim_ids"] == "122470"
 
 
-@pytest.mark.parametrize("subject", [" meier", "mei\ner", "mei\0er", "mei\ter", "\udcff"])
+@pytest.mark.parametrize("subject", [" meier", "mei\rer", "mei\0er", "meier\n", "\udcff"])
 def test_a_cell_that_would_not_be_read_as_it_is_is_refused(folder, tmp_path, subject):
     cohort = read_cohort(folder)
     images = {i: replace(r, subject=subject) for i, r in cohort.images.items()}

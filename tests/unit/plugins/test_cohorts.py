@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import replace
 from itertools import count, islice
 
+import cv2
 import numpy as np
 import pytest
 
@@ -22,6 +23,7 @@ from fedgestalt.cohort import (
     save_jpeg,
     split_cohort,
 )
+from fedgestalt.cohort.duplicates import copies, fingerprint
 from fedgestalt.contracts import AlignedFace, CohortSource
 from fedgestalt.errors import ConfigError, DataError
 from fedgestalt.hooks import get_registry
@@ -92,6 +94,44 @@ def test_a_built_cohort_passes_the_checks_that_are_made_on_request(built, name):
         return preprocessor.align(pixels, options)
 
     assert check_cohort(folder, labels=read_label_map(folder), find_face=find_face) == []
+
+
+def stored_again(pixels):
+    return cv2.imdecode(cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, 50])[1], 1)
+
+
+def scaled(pixels):
+    small = cv2.resize(pixels, (80, 80), interpolation=cv2.INTER_AREA)
+    return cv2.resize(small, (112, 112))
+
+
+def brightened(pixels):
+    return cv2.convertScaleAbs(pixels, alpha=1.0, beta=25)
+
+
+def greyed(pixels):
+    return cv2.cvtColor(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_copies_of_faces_are_found_in_every_cohort(built, name):
+    cohort = read_cohort(built[name][1])
+    faces = [load_image(record) for record in list(cohort.images.values())[::20]]
+    for change in (stored_again, scaled, brightened, greyed):
+        prints = [fingerprint(p) for p in [*faces, *map(change, faces)]]
+        owners = list(range(len(prints)))
+        found = list(copies(prints, owners))
+        assert found == [(len(faces) + i, i) for i in range(len(faces))], change.__name__
+
+
+def test_photographs_of_one_person_in_a_row_are_alike_but_no_copies(built):
+    cohort = read_cohort(built["orl"][1])
+    grey = np.array(
+        [fingerprint(load_image(r)).grey.ravel() for r in cohort.images.values()], np.float64
+    )
+    subjects = np.array([record.subject for record in cohort.images.values()])
+    alike = np.corrcoef(grey)[subjects[:, None] != subjects].max()
+    assert alike == pytest.approx(0.9915, abs=0.001)
 
 
 @pytest.mark.parametrize("name", NAMES)
