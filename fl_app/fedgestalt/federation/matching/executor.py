@@ -50,7 +50,6 @@ from fedgestalt.hooks import get_registry
 from fedgestalt.learning.encoding import layout_of
 from fedgestalt.messages import from_server
 from fedgestalt.similarity.kernel import KernelKey, KernelKeys, SealedContributions
-from fedgestalt.similarity.order import image_order
 
 
 class FlakeMatcher(SiteExecutor):
@@ -115,8 +114,7 @@ class FlakeMatcher(SiteExecutor):
             start,
             self.settings,
             self.store,
-            self.cohort,
-            image_order(self.cohort),
+            lambda: self.cohort,
             self.identity,
             self.trust,
             strategy.plugin,
@@ -129,6 +127,7 @@ class FlakeMatcher(SiteExecutor):
             if start.purpose != ONBOARD:
                 facts |= versions(map(registry.backbones.entry, ensemble.backbones))
         facts["label map"] = own.cohort.label_map_digest
+        own.check_patients()
         self._matching, self._kernel_site = own, KernelSite(own, _Line(self, self._limit))
         return present(facts, certificate=self.identity.certificate)
 

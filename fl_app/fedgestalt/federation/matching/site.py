@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +30,7 @@ from fedgestalt.learning.encoding import Encodings, encode
 from fedgestalt.learning.ensemble import Ensemble
 from fedgestalt.learning.images import load_faces
 from fedgestalt.learning.store import load_ensemble
-from fedgestalt.similarity.order import ImageOrder
+from fedgestalt.similarity.order import ImageOrder, image_order
 
 
 class Line(Protocol):
@@ -52,8 +53,7 @@ class MatchingSite:
         start: what the server has said about the job.
         settings: the site's own.
         store: the site's folder.
-        cohort: the site's patients.
-        order: in which its images are sent.
+        read_cohort: reads the site's patients; not before they are wanted.
         identity: who it is to its peers.
         trust: whose certificates it believes.
         strategy: how rows are compared.
@@ -66,14 +66,27 @@ class MatchingSite:
     start: MatchStart
     settings: SiteSettings
     store: Path
-    cohort: Cohort
-    order: ImageOrder
+    read_cohort: Callable[[], Cohort]
     identity: Identity
     trust: Trust
     strategy: MatchingStrategy
     ranking: RankingStrategy
     counter: Callable[[str], Callable[[int, int], None]]
     _ensemble: Ensemble | None = field(default=None, init=False)
+
+    @functools.cached_property
+    def cohort(self) -> Cohort:
+        """The site's patients."""
+        return self.read_cohort()
+
+    @functools.cached_property
+    def order(self) -> ImageOrder:
+        """The order in which its images are sent."""
+        return image_order(self.cohort)
+
+    def check_patients(self) -> None:
+        """Raise SiteError if it has no image that such a job is about."""
+        _ = self.order
 
     @property
     def kernels(self) -> KernelStore:
