@@ -99,6 +99,14 @@ def test_a_wrong_row_is_refused_and_names_nobody(unsolved, edit, old, new, says)
     assert caught.value.remedy
 
 
+def test_the_number_that_stands_for_no_diagnosis_is_no_syndrome(folder, edit):
+    edit("gmdb_train_images_v1.csv", "meier,7", "meier,-1")
+    with pytest.raises(
+        DataError, match=r"row 2: label -1 stands for no diagnosis; list .*unsolved"
+    ):
+        read_cohort(folder)
+
+
 def test_a_check_looks_at_their_images(unsolved):
     (unsolved / "gmdb_align" / "9_rot_aligned.jpg").write_bytes(b"no image")
     (finding,) = [f for f in check_cohort(unsolved) if f.severity == "error"]
@@ -131,6 +139,14 @@ def test_a_csv_calls_them_unsolved(tmp_path):
     cohort = read_cohort(tmp_path / "new")
     assert list(cohort.images) == ["000001"]
     assert list(cohort.unsolved) == ["000002", "000003"]
+
+
+def test_a_csv_says_unsolved_and_no_number_for_it(tmp_path):
+    save_jpeg(tmp_path / "a.jpg", np.full((112, 112, 3), 90, np.uint8))
+    table = tmp_path / "cohort.csv"
+    table.write_text("image,subject,syndrome\na.jpg,x,-1\n")
+    with pytest.raises(DataError, match="row 2: syndrome -1 stands for no diagnosis; .*unsolved"):
+        import_csv(table, tmp_path / "new", lambda pixels: pixels)
 
 
 def test_a_csv_with_a_patient_both_ways_is_refused(tmp_path):
