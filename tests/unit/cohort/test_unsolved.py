@@ -145,7 +145,7 @@ def test_a_csv_says_unsolved_and_no_number_for_it(tmp_path):
     save_jpeg(tmp_path / "a.jpg", np.full((112, 112, 3), 90, np.uint8))
     table = tmp_path / "cohort.csv"
     table.write_text("image,subject,syndrome\na.jpg,x,-1\n")
-    with pytest.raises(DataError, match="row 2: syndrome -1 stands for no diagnosis; .*unsolved"):
+    with pytest.raises(DataError, match=r"row 2: syndrome -1 stands for no diagnosis; .*unsolved"):
         import_csv(table, tmp_path / "new", lambda pixels: pixels)
 
 
