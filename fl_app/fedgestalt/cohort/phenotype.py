@@ -66,7 +66,7 @@ def _ontology() -> Callable[[str], Any]:
             "HPO terms cannot be compared: the package hpo3 is not installed",
             remedy="pip install 'fedgestalt[phenotype]', or give HPO terms the weight 0",
         ) from None
-    Ontology()
+    _load_ontology()
 
     def find(term: str) -> Any:
         try:
