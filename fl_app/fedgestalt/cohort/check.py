@@ -105,9 +105,9 @@ def check_cohort(
         findings += pictures.look(record.path, found.unsolved[image_id])
     findings += pictures.copies()
     after = _files(root / IMAGES)
-    if before != after:
-        changed = len(before.items() ^ after.items())
-        what = f"the folder changed while it was read ({changed} differences)"
+    changed = sum(before.get(name) != after.get(name) for name in before.keys() | after.keys())
+    if changed:
+        what = f"the folder changed while it was read ({changed} of its files)"
         findings.append(
             Finding("error", IMAGES, None, what, "wait until nobody writes to it, check again")
         )

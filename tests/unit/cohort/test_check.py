@@ -237,7 +237,7 @@ def test_a_folder_that_changes_while_it_is_read_is_an_error(folder, monkeypatch,
     monkeypatch.setattr(check_module, "decode_photograph", decode_and_change)
     found = only(folder)
     assert place(found) == ("error", "gmdb_align", None)
-    assert "the folder changed while it was read" in found.what
+    assert found.what == "the folder changed while it was read (1 of its files)"
 
 
 def test_an_image_that_goes_before_it_is_read_is_named_by_its_row(folder, monkeypatch):

@@ -4,7 +4,7 @@ import cv2
 import numpy as np
 import pytest
 
-from fedgestalt.cohort.duplicates import copies, fingerprint
+from fedgestalt.cohort.duplicates import MAX_BITS, MIN_CORRELATION, copies, fingerprint
 
 
 def face(seed):
@@ -54,6 +54,18 @@ def test_a_copy_is_told_once_with_the_first_of_another_owner():
 
 def test_many_different_pictures_have_no_copy():
     assert found([face(seed) for seed in range(200)], list(range(200))) == []
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_picture_that_is_nearly_the_same_is_no_copy(seed):
+    """As two photographs of one person are: within the bits of the hash, below the correlation."""
+    one = face(seed)
+    other = cv2.addWeighted(one, 0.88, face(seed + 500), 0.12, 0)
+    prints = [fingerprint(picture) for picture in (one, other)]
+    assert int((prints[0].bits != prints[1].bits).sum()) <= MAX_BITS
+    alike = float(np.corrcoef(*(p.grey.ravel() for p in prints))[0, 1])
+    assert 0.97 < alike < MIN_CORRELATION
+    assert list(copies(prints, ["a", "b"])) == []
 
 
 def test_a_copy_is_found_across_blocks():
