@@ -208,6 +208,17 @@ def _integer(value: object, low: int, high: int) -> str:
     return f"is {shown}, outside {low}..{high}"
 
 
+def real(low: float, high: float) -> Any:
+    """Declare a finite floating-point field in ``low``..``high``."""
+    return _checked(lambda value: _real(value, low, high))
+
+
+def _real(value: object, low: float, high: float) -> str:
+    if not isinstance(value, float):
+        return f"is {type(value).__name__}, not float"
+    return "" if low <= value <= high else f"is {value:.6g}, not in {low}..{high}"  # nor NaN
+
+
 def array(dtype: str, dimensions: int) -> Any:
     """Declare a field with a NumPy array of this dtype and number of axes; floats are finite."""
 

@@ -19,7 +19,7 @@ from fedgestalt.cohort.images import decode_photograph, exif_orientation, photog
 from fedgestalt.cohort.labels import LabelMap, differences, label_map_of
 from fedgestalt.cohort.layout import IMAGES, METADATA
 from fedgestalt.cohort.phenotype import ontology_is_installed, outdated_terms
-from fedgestalt.cohort.records import Cohort
+from fedgestalt.cohort.records import UNSOLVED, Cohort
 from fedgestalt.cohort.scan import Listing, Scan, scan
 from fedgestalt.cohort.simple import photographs
 from fedgestalt.cohort.tables import Finding
@@ -101,6 +101,8 @@ def check_cohort(
     pictures = _Pictures(find_face, aligned=True)
     for image_id, record in cohort.images.items():
         findings += pictures.look(record.path, rows[image_id])
+    for image_id, record in cohort.unsolved.items():
+        findings += pictures.look(record.path, found.unsolved[image_id])
     findings += pictures.copies()
     after = _files(root / IMAGES)
     changed = sum(before.get(name) != after.get(name) for name in before.keys() | after.keys())
@@ -241,7 +243,8 @@ def _diagnosis_findings(rows: Iterable[Listing]) -> Iterator[Finding]:
 def _lonely(rows: Iterable[Listing], file: str) -> Iterator[Finding]:
     subjects: dict[int, set[str]] = defaultdict(set)
     for row in rows:
-        subjects[row.label].add(row.subject)
+        if row.label != UNSOLVED:
+            subjects[row.label].add(row.subject)
     lonely = sorted(syndrome for syndrome, members in subjects.items() if len(members) < 2)
     if lonely:
         what = f"syndromes with one subject only: {', '.join(map(str, lonely))}"

@@ -19,6 +19,8 @@ from fedgestalt.cohort.layout import (
     METADATA,
     METADATA_COLUMNS,
     SYNDROME_COLUMNS,
+    UNSOLVED_COLUMNS,
+    UNSOLVED_FILE,
     image_file,
 )
 from fedgestalt.cohort.records import Cohort, ImageRecord
@@ -61,9 +63,10 @@ def write_cohort(cohort: Cohort, target: Path, *, copy: bool = False) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (target / IMAGES).mkdir(exist_ok=True)
-        for record in cohort.images.values():
+        for record in (*cohort.images.values(), *cohort.unsolved.values()):
             _place(record.path, image_file(target, record.image_id), copy=copy)
         _write_listings(cohort, folder)
+        _write_unsolved(cohort, folder)
         _write_syndromes(cohort, folder)
         _write_metadata(cohort, folder)
         lookup = f"classifier output: syndrome id\n{json.dumps(cohort.classes)}\n"
@@ -79,24 +82,25 @@ def write_cohort(cohort: Cohort, target: Path, *, copy: bool = False) -> None:
 
 def _check_layout_holds(cohort: Cohort) -> None:
     """Raise DataError if something of ``cohort`` would be lost or could not be read back."""
-    if not all(is_plain_name(name) for name in (cohort.version, *cohort.images)):
+    if not all(is_plain_name(name) for name in (cohort.version, *cohort.images, *cohort.unsolved)):
         raise DataError(
             "the version or an image id is not a plain name",
             where=cohort.name,
             remedy="use letters, digits, dot, hyphen and underscore",
         )
+    records = (*cohort.images.values(), *cohort.unsolved.values())
     rare = (i for split in cohort.rare_splits for i in split.gallery + split.test)
     listed = {*cohort.frequent_gallery, *cohort.frequent_test, *rare}
     for wrong, what, remedy in (
         (cohort.images.keys() - listed, "images play no part", "give each a part or leave it out"),
         (listed - cohort.images.keys(), "listed images have no record", "leave them out"),
         (
-            {r.image_id for r in cohort.images.values() if not set(r.facts) <= set(FACT_COLUMNS)},
+            {r.image_id for r in records if not set(r.facts) <= set(FACT_COLUMNS)},
             "images have facts for which there is no column",
             f"keep to {', '.join(FACT_COLUMNS)}",
         ),
         (
-            {r.image_id for r in cohort.images.values() if not all(map(is_hpo_id, r.hpo))},
+            {r.image_id for r in records if not all(map(is_hpo_id, r.hpo))},
             "images have a feature that is no HPO id",
             "write ids such as HP:0000154",
         ),
@@ -159,6 +163,13 @@ def _write_listings(cohort: Cohort, folder: Path) -> None:
         write_table(path, (*IMAGE_COLUMNS, "split"), numbered)
 
 
+def _write_unsolved(cohort: Cohort, folder: Path) -> None:
+    if cohort.unsolved:
+        rows = [(r.image_id, r.subject) for r in cohort.unsolved.values()]
+        path = folder / f"gmdb_{UNSOLVED_FILE}_images_{cohort.version}.csv"
+        write_table(path, UNSOLVED_COLUMNS, rows)
+
+
 def _write_syndromes(cohort: Cohort, folder: Path) -> None:
     """Write the whole label map, with the images and numbers of this folder only."""
     members: dict[int, list[ImageRecord]] = defaultdict(list)
@@ -183,12 +194,13 @@ def _write_syndromes(cohort: Cohort, folder: Path) -> None:
 
 def _write_metadata(cohort: Cohort, folder: Path) -> None:
     rows = []
-    for record in cohort.images.values():
+    for record in (*cohort.images.values(), *cohort.unsolved.values()):
+        syndrome = cohort.syndromes.get(record.syndrome)
         cells = dict(record.facts) | {
             "image_id": record.image_id,
             "patient_id": record.subject,
-            "internal_syndrome_id": str(record.syndrome),
-            "internal_syndrome_name": cohort.syndromes[record.syndrome].name,
+            "internal_syndrome_id": str(syndrome.id) if syndrome else "",
+            "internal_syndrome_name": syndrome.name if syndrome else "",
             "present_features": ";".join(record.hpo),
         }
         rows.append([cells.get(column, "") for column in METADATA_COLUMNS])

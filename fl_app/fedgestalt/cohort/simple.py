@@ -1,9 +1,10 @@
 """Make a cohort folder from one CSV and a folder of photographs.
 
-The CSV has the columns ``image`` (path relative to the CSV), ``subject``, ``syndrome`` (its id)
-and, if wanted, ``hpo`` (ids joined by semicolons) and any column of ``image_metadata`` that says
-more about the subject, such as ``gender`` or ``age_year``. File names, which often hold names of
-patients, are not carried over: images get numbers.
+The CSV has the columns ``image`` (path relative to the CSV), ``subject``, ``syndrome`` (its id, or
+``unsolved`` for a patient without a diagnosis) and, if wanted, ``hpo`` (ids joined by semicolons)
+and any column of ``image_metadata`` that says more about the subject, such as ``gender`` or
+``age_year``. File names, which often hold names of patients, are not carried over: images get
+numbers.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from fedgestalt.cohort.gmdb import write_cohort
 from fedgestalt.cohort.images import read_photograph, save_jpeg
 from fedgestalt.cohort.labels import LabelMap
 from fedgestalt.cohort.layout import FACT_COLUMNS, IMAGES, image_file
-from fedgestalt.cohort.records import Cohort, ImageRecord, RareSplit, Syndrome
+from fedgestalt.cohort.records import UNSOLVED, Cohort, ImageRecord, RareSplit, Syndrome
 from fedgestalt.cohort.tables import (
     Finding,
     Report,
@@ -37,6 +38,7 @@ from fedgestalt.errors import ConfigError, DataError
 
 COLUMNS = ("image", "subject", "syndrome")
 RARE_SPLITS: Final = 10
+UNSOLVED_WORD: Final = "unsolved"
 
 
 @dataclass(frozen=True)
@@ -67,9 +69,19 @@ def photographs(
         report: gets the faults.
         labels: the consortium's label map; without one any integer is a syndrome.
     """
+    solved: dict[str, tuple[bool, int]] = {}
     for number, row in read_table(table, table.name, COLUMNS, report):
         try:
-            yield _photograph(table, number, row, labels)
+            photo = _photograph(table, number, row, labels)
+            is_solved = photo.syndrome != UNSOLVED
+            known, first = solved.setdefault(photo.subject, (is_solved, number))
+            if known != is_solved:
+                raise DataError(
+                    f"the subject is unsolved here or in row {first}, and has a syndrome in the"
+                    " other",
+                    remedy="give all images of a subject the same",
+                )
+            yield photo
         except DataError as error:
             report(Finding("error", table.name, number, error.what, error.remedy))
 
@@ -117,6 +129,7 @@ def import_csv(
             remedy="choose another folder",
         ) from None
     records: dict[str, ImageRecord] = {}
+    unsolved: dict[str, ImageRecord] = {}
     for photo in photographs(table, raise_errors, labels):
         image_id = f"{photo.row - 1:06d}"
         try:
@@ -125,10 +138,9 @@ def import_csv(
             raise _fault(table, photo.row, error.what, error.remedy) from None
         place = image_file(target, image_id)
         save_jpeg(place, pixels)
-        records[image_id] = ImageRecord(
-            image_id, photo.subject, photo.syndrome, place, photo.hpo, photo.facts
-        )
-    if not records:
+        record = ImageRecord(image_id, photo.subject, photo.syndrome, place, photo.hpo, photo.facts)
+        (unsolved if photo.syndrome == UNSOLVED else records)[image_id] = record
+    if not records and not unsolved:
         raise DataError("no row", where=table.name, remedy="list at least one photograph")
     if labels is None:
         present = sorted({record.syndrome for record in records.values()})
@@ -150,6 +162,7 @@ def import_csv(
         rare_splits=tuple(
             RareSplit(*_dealt(rare, test_share, rng)) for _ in range(draws if rare else 0)
         ),
+        unsolved=unsolved,
     )
     write_cohort(cohort, target)
     return cohort
@@ -178,10 +191,14 @@ def _dealt(
 
 
 def _photograph(table: Path, number: int, row: Row, labels: LabelMap | None) -> Photograph:
-    syndrome = integer(row["syndrome"])
+    is_unsolved = row["syndrome"].lower() == UNSOLVED_WORD
+    syndrome = UNSOLVED if is_unsolved else integer(row["syndrome"])
+    remedy = f"write its id, or {UNSOLVED_WORD}"
     if syndrome is None:
-        raise DataError("syndrome is no integer", remedy="write its id")
-    if labels is not None and syndrome not in labels.syndromes:
+        raise DataError("syndrome is no integer", remedy=remedy)
+    if syndrome == UNSOLVED and not is_unsolved:
+        raise DataError(f"syndrome {UNSOLVED} stands for no diagnosis", remedy=remedy)
+    if labels is not None and not is_unsolved and syndrome not in labels.syndromes:
         raise DataError(
             f"syndrome {syndrome} is not in the label map",
             remedy="correct it, or ask the consortium's lead for the current map",
