@@ -598,6 +598,17 @@ def the_folder_holds_no_cohort(site: Hospital, patch: pytest.MonkeyPatch) -> Non
     site.policy(data=str(site.kit))
 
 
+@damage("data.cohort", "1 error", "syndrome … is …, in the agreed map …")
+def a_syndrome_is_called_otherwise_than_in_the_consortiums_map(
+    site: Hospital, patch: pytest.MonkeyPatch
+) -> None:
+    agreed = site.data.parent / "agreed"
+    shutil.copytree(site.data, agreed)
+    (table,) = (agreed / "gmdb_metadata").glob("gmdb_syndromes_*.tsv")
+    table.write_text(table.read_text().replace("SYNDROME-NAME-11", "OTHER-NAME", 1))
+    site.policy(label_map=str(agreed))
+
+
 @damage("data.cohort", "one subject only", state="warning")
 def a_syndrome_has_one_subject(site: Hospital, patch: pytest.MonkeyPatch) -> None:
     tables = sorted((site.data / "gmdb_metadata").glob("gmdb_rare_*_images_v1.csv"))
