@@ -7,13 +7,18 @@ import logging
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from pydantic import BaseModel
 
 from fedgestalt import RESEARCH_USE_ONLY, __version__
 from fedgestalt.errors import ConfigError, FedgestaltError, PluginError
+
+if TYPE_CHECKING:
+    from fedgestalt.cohort import Cohort, FaceFinder
+    from fedgestalt.console import Steps
+    from fedgestalt.contracts import AlignedFace, Pixels, Preprocessor
 
 WORK_FAILED, CALL_WRONG = 1, 2
 _WRONG_CALLS = (ConfigError, PluginError)
@@ -136,9 +141,20 @@ def _table(rows: list[dict[str, str]], columns: tuple[str, ...]) -> None:
         click.echo("  ".join(row[c].ljust(widths[c]) for c in columns).rstrip())
 
 
+_labels_option = click.option(
+    "--labels",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="GMDB folder whose syndrome table and class list the consortium agreed on.",
+)
+_preprocessor_option = click.option(
+    "--preprocessor", metavar="NAME", help="What finds faces; needed if several are installed."
+)
+
+
 @main.group()
 def cohort() -> None:
-    """Build, split and check cohorts."""
+    """Build, import, export, split and check cohorts."""
 
 
 @cohort.command("build")
@@ -157,45 +173,164 @@ def cohort_build(name: str, out: Path) -> None:
     with steps.step("build", f"Building cohort {name}"):
         root = materialise(source, default_cache(), lambda d, t: steps.note(f"{d} of {t} images"))
         _write_folder(out, lambda partial: shutil.copytree(root, partial))
-    built = read_cohort(out, name=name)
-    click.echo(f"{out}: {len(built.images)} images of {len(built.subjects)} subjects")
+    _say_size(out, read_cohort(out, name=name))
+
+
+@cohort.command("import")
+@click.argument("table", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), required=True)
+@_labels_option
+@_preprocessor_option
+@click.option(
+    "--test-share",
+    type=click.FloatRange(0, 1, max_open=True),
+    default=0.0,
+    show_default=True,
+    help="Share of each syndrome's subjects to keep out of the gallery for tests.",
+)
+@click.option("--seed", type=click.IntRange(min=0), default=1, show_default=True)
+@click.option("--version", default="v1.0.0", show_default=True, help="Of the new files.")
+def cohort_import(
+    table: Path,
+    out: Path,
+    labels: Path | None,
+    preprocessor: str | None,
+    test_share: float,
+    seed: int,
+    version: str,
+) -> None:
+    """Make the new cohort folder OUT from TABLE, a CSV, and the photographs that it lists."""
+    from fedgestalt.cohort import import_csv, read_cohort, read_label_map
+    from fedgestalt.console import Steps
+
+    _refuse_existing(out)
+    agreed = read_label_map(labels) if labels else None
+    steps = Steps()
+    find_face = _face_finder(preprocessor, steps)
+    with steps.step("import", f"Aligning the photographs of {table.name}"):
+        _write_folder(
+            out,
+            lambda partial: import_csv(
+                table,
+                partial,
+                lambda photograph: find_face(photograph).pixels,
+                labels=agreed,
+                version=version,
+                test_share=test_share,
+                seed=seed,
+            ),
+        )
+    _say_size(out, read_cohort(out))
+
+
+@cohort.command("export")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), required=True)
+@click.option("--version", help="Of the new files, such as v1.1.0; that of FOLDER by default.")
+@click.option(
+    "--encodings",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Encodings of its images (.npz or .csv) to go along as GMDB's CSV.",
+)
+def cohort_export(folder: Path, out: Path, version: str | None, encodings: Path | None) -> None:
+    """Write the cohort in FOLDER as a complete GMDB tree into the new folder OUT."""
+    from fedgestalt.cohort import export_cohort, read_cohort, read_encodings
+
+    _refuse_existing(out)
+    exported = read_cohort(folder)
+    table = read_encodings(encodings) if encodings else None
+    _write_folder(
+        out, lambda partial: export_cohort(exported, partial, version=version, encodings=table)
+    )
+    _say_size(out, exported)
 
 
 @cohort.command("split")
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--sites", type=int, required=True, help="Number of silos, or more.")
 @click.option("--strategy", default="near-uniform", show_default=True)
+@click.option(
+    "--alpha",
+    type=float,
+    default=0.5,
+    show_default=True,
+    help="For dirichlet: the smaller, the more unequal.",
+)
 @click.option("--seed", default=1, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), required=True)
-def cohort_split(folder: Path, sites: int, strategy: str, seed: int, out: Path) -> None:
-    """Deal the cohort in FOLDER to silos in the new folder OUT, by subject."""
+def cohort_split(
+    folder: Path, sites: int, strategy: str, alpha: float, seed: int, out: Path
+) -> None:
+    """Deal the cohort in FOLDER to silos in the new folder OUT, by subject.
+
+    OUT/split.svg shows who has what.
+    """
     from fedgestalt.cohort import read_cohort, split_cohort, write_silos
+    from fedgestalt.reporting.silos import write_split_picture
 
     _refuse_existing(out)
     names = [f"site-{number}" for number in range(1, sites + 1)]
-    silos = split_cohort(read_cohort(folder), names, strategy, seed)
+    silos = split_cohort(read_cohort(folder), names, strategy, seed, alpha)
     write_silos(silos, out)
+    how = strategy if strategy != "dirichlet" else f"{strategy}, alpha {alpha:g}"
+    write_split_picture(out / "split.svg", silos, f"{how}, seed {seed}")
     for name, silo in silos.items():
-        click.echo(f"{out / name}: {len(silo.images)} images of {len(silo.subjects)} subjects")
+        _say_size(out / name, silo)
 
 
 @cohort.command("check")
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("source", metavar="FOLDER|TABLE.csv", type=click.Path(path_type=Path))
+@_labels_option
+@click.option("--faces", is_flag=True, help="Also look for the face in every aligned image.")
+@_preprocessor_option
 @_json_option
-def cohort_check(folder: Path, as_json: bool) -> None:
-    """Check the cohort in FOLDER before anything runs; identifiers are not shown."""
-    from fedgestalt.cohort import check_cohort
+def cohort_check(
+    source: Path, labels: Path | None, faces: bool, preprocessor: str | None, as_json: bool
+) -> None:
+    """Check a cohort before anything runs: a folder in GMDB layout, or a CSV with photographs.
 
-    findings = check_cohort(folder)
+    Subjects and images are not named: a finding says file and row.
+    """
+    from dataclasses import asdict
+
+    from fedgestalt.cohort import check_cohort, check_table, counts_of, read_cohort, read_label_map
+    from fedgestalt.cohort.phenotype import ontology_is_installed
+    from fedgestalt.console import Steps
+
+    agreed = read_label_map(labels) if labels else None
+    counts, steps, is_table = None, Steps(), source.suffix == ".csv"
+    find_face = _face_finder(preprocessor, steps) if faces or is_table else None
+    with steps.step("check", f"Checking {source.name}"):
+        if is_table and find_face:
+            findings = check_table(source, find_face, labels=agreed)
+        else:
+            findings = check_cohort(source, labels=agreed, find_face=find_face)
     errors = [finding for finding in findings if finding.severity == "error"]
+    if not is_table and not errors:
+        counts = counts_of(read_cohort(source))
+    left_out = [] if ontology_is_installed() else ["HPO terms (install fedgestalt[phenotype])"]
     if as_json:
         _as_json(
-            {"findings": [vars(f) | {"file": str(f.file)} for f in findings], "ok": not errors}
+            {
+                "findings": [asdict(finding) for finding in findings],
+                "counts": asdict(counts) if counts else None,
+                "not_checked": left_out,
+                "ok": not errors,
+            }
         )
     else:
         for f in findings:
             row = f", row {f.row}" if f.row else ""
             click.echo(f"{f.severity}: {f.file}{row}: {f.what}; {f.remedy}.")
+        if counts:
+            held = counts.images_per_syndrome
+            click.echo(
+                f"{counts.images} images of {counts.subjects} subjects,"
+                f" {counts.syndromes} syndromes with {held[-1]} to {held[0]} images each"
+            )
+        for what in left_out:
+            click.echo(f"not checked: {what}")
         click.echo(f"{len(errors)} errors, {len(findings) - len(errors)} warnings")
     if errors:
         sys.exit(WORK_FAILED)
@@ -283,14 +418,13 @@ def evaluate(
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
 @click.option(
     "--preprocessor",
-    default="yunet-arcface",
-    show_default=True,
     metavar="NAME",
-    help="Finds and aligns faces; photographs of 112 x 112 pixels count as aligned.",
+    help="Finds and aligns faces, the only one there is by default; photographs of 112 x 112 pixels"
+    " count as aligned.",
 )
 @_json_option
 def encode(
-    model: Path, images: Path, out: Path, device: str, preprocessor: str, as_json: bool
+    model: Path, images: Path, out: Path, device: str, preprocessor: str | None, as_json: bool
 ) -> None:
     """Encode photographs with a published model, offline.
 
@@ -302,7 +436,7 @@ def encode(
     from fedgestalt.hooks import get_registry
     from fedgestalt.learning.crew import join_crew
 
-    request = Request(model, images, out, device, preprocessor)
+    request = Request(model, images, out, _preprocessor(preprocessor), device)
     with join_crew() as crew:
         document = encode_photographs(request, get_registry(), Steps(), crew)
     if not crew.leads:
@@ -377,6 +511,38 @@ def bundle_export(
     for member, why in document["left_out"].items():
         click.echo(f"left out: frozen parts of {member}, because {why}")
     click.echo(f"{out}: model {document['model']}. {RESEARCH_USE_ONLY}")
+
+
+def _face_finder(name: str | None, steps: Steps) -> FaceFinder:
+    """Align by the preprocessor called ``name``, or by the only one there is."""
+    import itertools
+
+    preprocessor = _preprocessor(name)
+    options, numbers = preprocessor.options(), itertools.count(1)
+
+    def find(photograph: Pixels) -> AlignedFace:
+        steps.note(f"photograph {next(numbers)}")
+        return preprocessor.align(photograph, options)
+
+    return find
+
+
+def _preprocessor(name: str | None) -> Preprocessor:
+    """The preprocessor called ``name``, or the only one there is."""
+    from fedgestalt.hooks import get_registry
+
+    catalogue = get_registry().preprocessors
+    names = catalogue.names()
+    if name is None and len(names) != 1:
+        raise ConfigError(
+            f"{len(names)} preprocessors are installed",
+            remedy=f"name one with --preprocessor: {', '.join(names)}" if names else "install one",
+        )
+    return catalogue.get(name or names[0])
+
+
+def _say_size(place: Path, held: Cohort) -> None:
+    click.echo(f"{place}: {len(held.images)} images of {len(held.subjects)} subjects")
 
 
 def _refuse_existing(out: Path) -> None:

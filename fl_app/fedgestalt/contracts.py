@@ -161,11 +161,13 @@ class AlignedFace:
         pixels: RGB, (112, 112, 3).
         size: width of the face in the photograph, in its pixels.
         turned: how many quarter turns counter-clockwise brought the photograph upright.
+        faces: how many faces the photograph shows, as far as they could be taken for this one.
     """
 
     pixels: Pixels
     size: float
     turned: int = 0
+    faces: int = 1
 
 
 @runtime_checkable

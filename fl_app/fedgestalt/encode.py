@@ -53,16 +53,15 @@ class Request:
         model: a bundle, folder or zip.
         images: one photograph, a folder of photographs, or a folder in GMDB layout.
         out: a new ``.npz`` or ``.csv``; see :mod:`fedgestalt.cohort.encodings`.
+        preprocessor: finds and aligns faces; photographs of 112 x 112 pixels count as aligned.
         device: ``auto``, ``cpu`` or ``cuda``.
-        preprocessor: name of the plugin that finds and aligns faces; photographs of 112 x 112
-            pixels count as aligned.
     """
 
     model: Path
     images: Path
     out: Path
+    preprocessor: Preprocessor
     device: str = "auto"
-    preprocessor: str = "yunet-arcface"
 
 
 @dataclass(frozen=True)
@@ -111,7 +110,7 @@ def encode_photographs(
         raise ConfigError("exists already", where=str(request.out), remedy="name a new file")
     started = time.monotonic()
     device = choose_device(request.device)
-    preprocessor = registry.preprocessors.get(request.preprocessor)
+    preprocessor = request.preprocessor
     photographs, ignored = find_photographs(request.images)
     if ignored and crew.leads:
         steps.say(f"{ignored} files in {request.images} are no JPEG or PNG and are left out")

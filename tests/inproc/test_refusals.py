@@ -6,6 +6,8 @@ What a site refuses, it refuses by its own policy, which no job can change.
 from __future__ import annotations
 
 import dataclasses
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import pytest
 from consortium import BothJobs, Consortium, Run, tiny_ensemble
 from nvflare.apis.shareable import Shareable
 
+from fedgestalt.cohort import Syndrome, write_silos
 from fedgestalt.errors import DataError
 from fedgestalt.federation.job import executor as site_module
 from fedgestalt.federation.job.wire import fault_of
@@ -65,6 +68,116 @@ def test_sites_that_differ_in_different_things_are_named_in_one_reason(tmp_path:
     for site in consortium.sites:
         assert not (consortium.store(site) / "ensembles").exists()
         assert not (consortium.store(site) / "cache").exists()
+
+
+# --- label maps ----------------------------------------------------------------------------------
+
+
+def relabelled(consortium: Consortium, folder: Path) -> dict[str, Any]:
+    """Data of ``bonn`` in which two rows of the label map differ, and settings that name both."""
+    own, agreed = folder / "own", consortium.data / "bonn"
+    shutil.copytree(agreed, own)
+    (table,) = (own / "gmdb_metadata").glob("gmdb_syndromes_*.tsv")
+    text = table.read_text()
+    for number in (11, 21):
+        assert f"SYNDROME-NAME-{number}" in text
+        text = text.replace(f"SYNDROME-NAME-{number}", f"OTHER-NAME-{number}")
+    table.write_text(text)
+    return {"data": str(own), "label_map": str(agreed)}
+
+
+def test_rows_of_a_label_map_that_differ_are_named_to_the_people_of_the_site_alone(
+    tmp_path: Path, three_sites: Consortium, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = relabelled(three_sites, tmp_path / "bonn")
+    consortium = Consortium(tmp_path / "jobs", source=three_sites, site_settings={"bonn": settings})
+    run = consortium.run(JOB)
+    said = parts(reason(run, "fgm_join"))
+    assert said.keys() == {"bonn"}
+    assert said["bonn"].startswith("its label map differs from the consortium's in 2 rows; ")
+    file = consortium.store("bonn") / "label-map-differences.txt"
+    assert file.read_text().splitlines()[:2] == [
+        "syndrome 11 is 'OTHER-NAME-11', in the agreed map 'SYNDROME-NAME-11'",
+        "syndrome 21 is 'OTHER-NAME-21', in the agreed map 'SYNDROME-NAME-21'",
+    ]
+    assert file.stat().st_mode & 0o077 == 0
+    left = b"".join(message.payload for message in run.received)
+    assert b"differs from the consortium's" in left
+    assert b"-NAME-" not in left
+    assert "-NAME-" not in json.dumps(run.outcome)
+    assert "differs from the consortium's" in caplog.text
+    assert "-NAME-" not in caplog.text
+
+
+def test_without_the_consortiums_map_sites_that_differ_are_told_by_digest_alone(
+    tmp_path: Path, three_sites: Consortium
+) -> None:
+    settings = relabelled(three_sites, tmp_path / "bonn") | {"label_map": ""}
+    consortium = Consortium(tmp_path / "jobs", source=three_sites, site_settings={"bonn": settings})
+    run = consortium.run(JOB)
+    said = parts(reason(run, "fgm_join"))
+    assert said.keys() == {"bonn"}
+    assert said["bonn"].startswith("label map is ")
+    assert "cohort check DIR --labels DIR` names the rows" in said["bonn"]
+    assert b"-NAME-" not in b"".join(message.payload for message in run.received)
+
+
+def test_a_site_whose_map_is_the_consortiums_takes_part_and_keeps_no_list_of_differences(
+    tmp_path: Path, three_sites: Consortium
+) -> None:
+    agreed = {"label_map": str(three_sites.data / "berlin")}
+    consortium = Consortium(tmp_path, source=three_sites, settings=agreed)
+    stale = consortium.store("bonn") / "label-map-differences.txt"
+    stale.parent.mkdir(parents=True, exist_ok=True)
+    stale.write_text("from before")
+    assert consortium.run(JOB).outcome["status"] == "completed"
+    assert not stale.exists()
+
+
+def test_a_label_map_that_cannot_be_read_is_a_refusal_that_names_no_folder(
+    tmp_path: Path, three_sites: Consortium
+) -> None:
+    policy = {"bonn": {"label_map": "/there/is/no/such/folder"}}
+    run = Consortium(tmp_path, source=three_sites, site_settings=policy).run(JOB)
+    said = parts(reason(run, "fgm_join"))
+    assert said["bonn"].startswith("its copy of the consortium's label map cannot be read")
+    assert "such/folder" not in run.outcome["reason"]
+
+
+RENAMED = {12: Syndrome(12, "ANOTHER-NAME")}
+
+
+@pytest.mark.parametrize(
+    ("changes", "facts"),
+    [
+        ({"syndromes": RENAMED}, ("label map",)),
+        ({"classes": (12, 11, 13)}, ("label map",)),
+        ({"classes": (11, 12)}, ("classes", "label map", "start model")),
+    ],
+    ids=["another name", "another order", "a class less"],
+)
+def test_a_site_whose_class_map_differs_is_named_with_what_to_do(
+    tmp_path: Path, three_sites: Consortium, changes: dict[str, Any], facts: tuple[str, ...]
+) -> None:
+    """No row of it is told: the server learns digests of the labels alone."""
+    own = three_sites.silos["bonn"]
+    if "syndromes" in changes:
+        changes = {"syndromes": {**own.syndromes, **changes["syndromes"]}}
+    gone = set(own.classes) - set(changes.get("classes", own.classes))
+    images = {i: record for i, record in own.images.items() if record.syndrome not in gone}
+    train, tests = (
+        tuple(image for image in part if image in images) for part in (own.train, own.frequent_test)
+    )
+    other = dataclasses.replace(own, images=images, train=train, frequent_test=tests, **changes)
+    write_silos({"bonn": other}, tmp_path / "other")
+    settings = {"bonn": {"data": str(tmp_path / "other" / "bonn")}}
+    run = Consortium(tmp_path, source=three_sites, site_settings=settings).run(JOB)
+    said = parts(reason(run, "fgm_join"))
+    assert said.keys() == {"bonn"}
+    for fact in facts:
+        assert f"{fact} is " in said["bonn"]
+    assert "use the consortium's syndrome table and class list at every site" in said["bonn"]
+    assert "ANOTHER-NAME" not in str(run.outcome)
 
 
 def test_a_refusal_counts_with_the_bytes_of_its_sentence(tmp_path: Path) -> None:

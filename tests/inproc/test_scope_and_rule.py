@@ -100,7 +100,7 @@ def test_every_site_goes_on_with_a_classifier_of_its_own(
     assert forgetful.digest(*[Summed(SITES)] * 2) != run.outcome["ensemble"]
 
 
-def test_no_classifier_leaves_its_site_or_enters_its_checkpoints(
+def test_no_classifier_leaves_its_site_or_enters_the_models_that_it_keeps(
     encoders: tuple[Consortium, Run, Plain],
 ) -> None:
     consortium, run, plain = encoders

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import shutil
@@ -338,6 +339,131 @@ def test_a_check_of_a_damaged_cohort_fails_and_says_why(
 
 def test_a_check_of_no_folder_fails(tmp_path: Path) -> None:
     assert run("cohort", "check", tmp_path / "nowhere").exit_code == WORK_FAILED
+
+
+def test_a_split_comes_with_a_picture_of_who_has_what(folder: Path, tmp_path: Path) -> None:
+    how = ("--strategy", "dirichlet", "--alpha", 0.3, "--seed", 4)
+    done("cohort", "split", folder, "--sites", 2, *how, "--out", tmp_path / "silos")
+    picture = (tmp_path / "silos" / "split.svg").read_text()
+    assert "Who has what: dirichlet, alpha 0.3, seed 4" in picture
+    assert "site-2" in picture
+    assert "subject-" not in picture
+
+
+@pytest.fixture
+def preprocessor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The only preprocessor takes the whole photograph for a face, if it is red enough."""
+    from fedgestalt.contracts import FACE_SIZE, AlignedFace, Options, Pixels
+    from fedgestalt.errors import DataError
+    from fedgestalt.hooks import Catalogue, Entry, Registry
+
+    class Whole:
+        name, options = "whole", Options
+
+        def align(self, photograph: Pixels, options: object) -> AlignedFace:
+            if photograph[..., 0].mean() < 10:
+                raise DataError("no face was found in the photograph", remedy="use another one")
+            return AlignedFace(photograph[:FACE_SIZE, :FACE_SIZE], size=80.0)
+
+    registry = Registry([])
+    entry: Any = Entry("preprocessor", Whole(), "tests", "1")  # type: ignore[type-var]
+    registry.preprocessors = Catalogue("preprocessor", {"whole": entry}, {})
+    monkeypatch.setattr("fedgestalt.hooks.get_registry", lambda: registry)
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Path:
+    """Six photographs of six subjects, with two syndromes."""
+    rng = np.random.default_rng(3)
+    place = tmp_path / "photographs"
+    place.mkdir()
+    rows = ["image,subject,syndrome,gender"]
+    for number in range(6):
+        save_jpeg(place / f"meier-{number}.jpg", rng.integers(0, 256, (130, 120, 3), np.uint8))
+        rows.append(f"meier-{number}.jpg,subject-{number},{7 + 2 * (number % 2)},female")
+    (place / "cohort.csv").write_text("\n".join(rows))
+    return place / "cohort.csv"
+
+
+@pytest.mark.usefixtures("preprocessor")
+def test_a_table_is_checked_imported_and_exported(table: Path, tmp_path: Path) -> None:
+    assert done("cohort", "check", table) == "0 errors, 0 warnings\n"
+    new, out = tmp_path / "new", tmp_path / "out"
+    said = done("cohort", "import", table, "--out", new, "--test-share", 0.34)
+    assert said == f"{new}: 6 images of 6 subjects\n"
+    cohort = read_cohort(new)
+    assert (len(cohort.train), len(cohort.frequent_test)) == (4, 2)
+    assert {r.facts["gender"] for r in cohort.images.values()} == {"female"}
+    done("cohort", "export", new, "--version", "v1.1.0", "--out", out)
+    assert read_cohort(out).digest == cohort.digest
+    assert read_cohort(out).version == "v1.1.0"
+    assert not [path for path in out.rglob("*") if "meier" in path.name]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["new", "out", "photographs"]
+
+
+@pytest.mark.usefixtures("preprocessor")
+def test_a_photograph_without_a_face_keeps_a_table_from_being_imported(
+    table: Path, tmp_path: Path
+) -> None:
+    save_jpeg(table.parent / "meier-4.jpg", np.zeros((130, 120, 3), np.uint8))
+    checked = run("cohort", "check", table)
+    assert checked.exit_code == WORK_FAILED
+    assert checked.stdout.splitlines()[0] == (
+        "error: cohort.csv, row 6: no face was found in the photograph; use another one."
+    )
+    said = refused(WORK_FAILED, "cohort", "import", table, "--out", tmp_path / "new")
+    assert "cohort.csv, row 6: no face was found" in said
+    assert not (tmp_path / "new").exists()
+
+
+def test_without_a_preprocessor_a_table_cannot_be_checked(
+    table: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fedgestalt.hooks import Registry
+
+    monkeypatch.setattr("fedgestalt.hooks.get_registry", lambda: Registry([]))
+    assert "0 preprocessors are installed" in refused(CALL_WRONG, "cohort", "check", table)
+
+
+def test_labels_of_a_consortium_are_compared(folder: Path, tmp_path: Path) -> None:
+    agreed = tmp_path / "agreed"
+    shutil.copytree(folder, agreed)
+    assert "0 errors" in done("cohort", "check", folder, "--labels", agreed)
+    names = agreed / "gmdb_metadata" / "gmdb_syndromes_v1.tsv"
+    names.write_text(names.read_text().replace("syndrome 9", "syndrome nine"))
+    result = run("cohort", "check", folder, "--labels", agreed)
+    assert result.exit_code == WORK_FAILED
+    assert "syndrome 9 is 'syndrome 9', in the agreed map 'syndrome nine'" in result.stdout
+    said = refused(WORK_FAILED, "cohort", "check", folder, "--labels", tmp_path)
+    assert "gmdb_metadata cannot be read" in said
+
+
+def test_a_check_counts_without_saying_of_what(folder: Path) -> None:
+    content = json.loads(done("cohort", "check", folder, "--json"))
+    assert content["counts"]["images"] == 11
+    assert content["counts"]["images_per_syndrome"] == [5, 4, 2]
+    assert content["not_checked"] == []
+
+
+def test_an_export_onto_a_full_disk_is_one_sentence_and_leaves_nothing(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(source: Path, place: Path) -> None:
+        place.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(shutil, "copyfile", full)
+    said = refused(WORK_FAILED, "cohort", "export", folder, "--out", tmp_path / "out")
+    assert "the cohort cannot be written: No space left on device; free space, or" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
+
+
+def test_an_export_under_a_version_that_is_no_name_is_refused(folder: Path, tmp_path: Path) -> None:
+    said = refused(
+        WORK_FAILED, "cohort", "export", folder, "--version", "../v", "--out", tmp_path / "o"
+    )
+    assert "the version or an image id is not a plain name" in said
+    assert not (tmp_path / "o").exists()
 
 
 # --- jobs ----------------------------------------------------------------------------------------

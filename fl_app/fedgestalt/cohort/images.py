@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Final, cast
+from typing import Final, Literal, cast
 
 import cv2
 import numpy as np
@@ -23,7 +23,8 @@ JPEG_QUALITY: Final = 95
 
 _PNG_SIGNATURE: Final = b"\x89PNG\r\n\x1a\n"
 _PNG_END: Final = b"IEND\xaeB`\x82"
-_SOI, _EOI = 0xD8, 0xD9
+_SOI, _EOI, _SOS, _APP1 = 0xD8, 0xD9, 0xDA, 0xE1
+_ORIENTATION_TAG: Final = 0x0112
 # Start-of-frame markers: C0..CF without DHT (C4), JPG (C8) and DAC (CC).
 _FRAMES: Final = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _BARE: Final = frozenset({0x01, *range(0xD0, 0xD8)})  # TEM and RST: no length follows
@@ -44,6 +45,11 @@ def load_image(record: ImageRecord) -> Pixels:
 
 def read_photograph(path: Path) -> Pixels:
     """Decode a JPEG or PNG file; see :func:`load_image`."""
+    return decode_photograph(photograph_bytes(path), where=path.name)
+
+
+def photograph_bytes(path: Path) -> bytes:
+    """The content of an image file; see :func:`load_image` for what is refused."""
     try:
         if path.stat().st_size > MAX_BYTES:
             raise DataError(
@@ -51,14 +57,13 @@ def read_photograph(path: Path) -> Pixels:
                 where=path.name,
                 remedy="export it smaller",
             )
-        data = path.read_bytes()
+        return path.read_bytes()
     except OSError as error:
         raise DataError(
             f"the image file cannot be read: {error.strerror}",
             where=path.name,
             remedy="copy it again",
         ) from None
-    return decode_photograph(data, where=path.name)
 
 
 def decode_photograph(data: bytes, *, where: str) -> Pixels:
@@ -78,6 +83,37 @@ def decode_photograph(data: bytes, *, where: str) -> Pixels:
     if decoded is None:
         raise DataError("the image is damaged", where=where, remedy="export it again")
     return cast("Pixels", decoded)
+
+
+def exif_orientation(data: bytes) -> int:
+    """How a JPEG says it is to be turned, 1 to 8 (Exif 2.3, tag 0x0112); 1 is as it is.
+
+    1 also where it says nothing or nothing that can be understood.
+    """
+    if not data.startswith(bytes([0xFF, _SOI])):
+        return 1
+    for marker, at in _jpeg_segments(data):
+        if marker == _APP1 and data[at + 2 : at + 8] == b"Exif\0\0":
+            return _orientation(data[at + 8 : at + int.from_bytes(data[at : at + 2], "big")])
+        if marker == _SOS:
+            break
+    return 1
+
+
+def _orientation(tiff: bytes) -> int:
+    order: Literal["little", "big"] = "little" if tiff[:2] == b"II" else "big"
+
+    def number(at: int, size: int) -> int:
+        return int.from_bytes(tiff[at : at + size], order)
+
+    entries = number(4, 4)
+    for entry in range(entries + 2, entries + 2 + 12 * number(entries, 2), 12):
+        if entry + 12 > len(tiff):
+            break
+        if number(entry, 2) == _ORIENTATION_TAG:
+            value = number(entry + 8, 2)
+            return value if 1 <= value <= 8 else 1
+    return 1
 
 
 def save_jpeg(path: Path, pixels: Pixels) -> None:

@@ -5,10 +5,15 @@
     gmdb_metadata/gmdb_{train,val,test}_images_VERSION.csv        image_id, subject, label
                   gmdb_frequent_{gallery,test}_images_VERSION.csv  image_id, subject, label
                   gmdb_rare_{gallery,test}_images_VERSION.csv      image_id, subject, label, split
+                  gmdb_unsolved_images_VERSION.csv                 image_id, subject
                   gmdb_syndromes_VERSION.tsv                       syndrome_id, syndrome_name, ...
                   image_metadata_VERSION.tsv                       image_id, present_features, ...
                   lookup_table_VERSION.txt                         one line, then a JSON list
     gmdb_align/IMAGE_ID_rot_aligned.jpg                            aligned face, 112 x 112
+    gmdb_encodings/encodings_VERSION.csv                           if exported with encodings
+
+VERSION is such as ``v1.0.3`` or ``v1.1.0``. ``docs/reference/cohort-format.md`` describes every
+column. The file of unsolved cases, patients without a diagnosis, is ours and may be missing.
 """
 
 from __future__ import annotations
@@ -18,8 +23,11 @@ from typing import Final
 
 METADATA: Final = "gmdb_metadata"
 IMAGES: Final = "gmdb_align"
+ENCODINGS: Final = "gmdb_encodings"
 FREQUENT_FILES: Final = ("train", "val", "test", "frequent_gallery", "frequent_test")
 RARE_FILES: Final = ("rare_gallery", "rare_test")
+UNSOLVED_FILE: Final = "unsolved"
+UNSOLVED_COLUMNS: Final = ("image_id", "subject")
 IMAGE_COLUMNS: Final = ("image_id", "subject", "label")
 SYNDROME_COLUMNS: Final = (
     "syndrome_id",
@@ -28,6 +36,8 @@ SYNDROME_COLUMNS: Final = (
     "num_of_subjects",
     "num_of_images",
 )
+IDENTIFIERS: Final = "identifiers"
+"""Column of the syndrome table that GMDB does not have: CURIEs joined by semicolons."""
 METADATA_COLUMNS: Final = (
     "image_id",
     "patient_id",

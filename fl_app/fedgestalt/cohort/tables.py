@@ -8,6 +8,7 @@ subjects.
 from __future__ import annotations
 
 import csv
+import io
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,9 @@ from fedgestalt.errors import DataError
 
 Row = Mapping[str, str]
 
+_NOT_KEPT = re.compile(r"[\x00\r\ud800-\udfff]")
+_INTEGER = re.compile(r"-?[0-9]{1,9}")
+_HPO_ID = re.compile(r"HP:[0-9]{7}")
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 
 
@@ -64,6 +68,25 @@ def is_plain_name(name: str) -> bool:
     return _PLAIN_NAME.fullmatch(name) is not None
 
 
+def is_kept(cell: str) -> bool:
+    """Whether a table gives ``cell`` back as it was written.
+
+    Space around it is stripped when it is read; a carriage return would end the row, and null
+    characters and lone surrogates are no text.
+    """
+    return cell == cell.strip() and not _NOT_KEPT.search(cell)
+
+
+def integer(text: str) -> int | None:
+    """The whole number that ``text`` is, of nine digits at most; None if it is none."""
+    return int(text) if _INTEGER.fullmatch(text) else None
+
+
+def is_hpo_id(term: str) -> bool:
+    """Whether ``term`` has the form of a term of the Human Phenotype Ontology, ``HP:0000154``."""
+    return _HPO_ID.fullmatch(term) is not None
+
+
 def read_text(path: Path, file: str, report: Report) -> str | None:
     """The UTF-8 text of ``path``; None after a report. ``file`` is its name in findings."""
     try:
@@ -102,7 +125,7 @@ def read_table(
     if text is None:
         return
     lines = csv.reader(
-        text.splitlines(keepends=True),
+        io.StringIO(text, newline=""),  # other line breaks of Unicode are letters of a cell
         delimiter="\t" if path.suffix == ".tsv" else ",",
         strict=True,
     )
@@ -132,12 +155,22 @@ def read_table(
 
 
 def write_table(path: Path, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Write a CSV, or a TSV if the name ends in ``.tsv``; UTF-8, one line feed per row."""
+    """Write a CSV, or a TSV if the name ends in ``.tsv``; UTF-8, one line feed per row.
+
+    Raises:
+        DataError: a cell would not be read as it was written; see :func:`is_kept`.
+    """
     delimiter = "\t" if path.suffix == ".tsv" else ","
+    cells = [[str(cell) for cell in row] for row in rows]
+    for number, row in enumerate(cells, 2):
+        for column, cell in zip(columns, row, strict=True):
+            if not is_kept(cell):
+                what = f"a value of {column!r} has space around it or a control character in it"
+                raise Finding("error", path.name, number, what, "take it out").as_error()
     with path.open("w", encoding="utf-8", newline="") as stream:
         writer = csv.writer(stream, delimiter=delimiter, lineterminator="\n")
         writer.writerow(columns)
-        writer.writerows(rows)
+        writer.writerows(cells)
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -69,7 +69,9 @@ def examine(request: Request, steps: Steps, now: datetime | None = None) -> list
     data = request.data or (settings.data_folder(kit.name) if kit and settings else None)
     if kit is None or kit.role is SITE:
         store = settings.store_folder(kit.name) if kit and settings else None
-        found += _computing(request, registry, settings, data, store, steps)
+        found += _computing(
+            request, registry, settings, kit.name if kit else "", data, store, steps
+        )
     elif kit.role is SERVER:
         found += _server_machine(kit)
     return found
@@ -116,6 +118,8 @@ def _policy(
         folder = data or settings.data_folder(kit.name)
         found += site_policy.data_folder(folder)
         found += site_policy.store_folder(settings.store_folder(kit.name), folder)
+        if weights := settings.weights_folder(kit.name):
+            found += site_policy.weights_folder(weights)
     else:
         found += not_checked("policy.data", "the site's policy cannot be read")
         found += not_checked("policy.store", "the site's policy cannot be read")
@@ -136,6 +140,7 @@ def _computing(
     request: Request,
     registry: Registry,
     settings: SiteSettings | None,
+    site: str,
     folder: Path | None,
     store: Path | None,
     steps: Steps,
@@ -144,5 +149,5 @@ def _computing(
     from fedgestalt.doctor import computing
 
     yield from computing.examine(
-        request.job, registry, settings, folder, store, steps, request.dry_run
+        request.job, registry, settings, site, folder, store, steps, request.dry_run
     )

@@ -24,6 +24,7 @@ def examine(
     job: TrainingJob,
     registry: Registry,
     settings: SiteSettings | None,
+    site: str,
     folder: Path | None,
     store: Path | None,
     steps: Steps,
@@ -35,6 +36,7 @@ def examine(
         job: the training job to measure by.
         registry: the plugins.
         settings: the site's, where it has a kit.
+        site: its name there.
         folder: the cohort; None if there is none to look at.
         store: the site's store, where it has a kit.
         steps: shows progress.
@@ -44,7 +46,8 @@ def examine(
     found: list[Check] = []
     if folder:
         with steps.step("data", "Data"):
-            cohort, found = _data(folder)
+            agreed = settings.label_map_folder(site) if settings else None
+            cohort, found = _data(folder, agreed)
     device = _device(settings)
     models: list[tuple[Ensemble, Work]] = []
     built = _model(job, registry, cohort, device, models) if cohort else []
@@ -71,10 +74,10 @@ def examine(
     return found + dry_run.bytes_moved(job, work)
 
 
-def _data(folder: Path) -> tuple[Cohort | None, list[Check]]:
+def _data(folder: Path, agreed: Path | None) -> tuple[Cohort | None, list[Check]]:
     if not folder.is_dir():
         return None, not_checked("data.cohort", "the data folder is not there")
-    found = data.data(folder)
+    found = data.data(folder, agreed)
     usable = all(one.state in ("ok", "warning") for one in found)
     return data.sound_cohort(folder) if usable else None, found
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Final
 
-from fedgestalt.cohort import Cohort, Finding, check_cohort, read_cohort
+from fedgestalt.cohort import Cohort, Finding, check_cohort, read_cohort, read_label_map
 from fedgestalt.doctor.findings import Check, Figure, check, counted, ok, problem, warning
 from fedgestalt.errors import DataError
 
@@ -34,9 +34,12 @@ def sound_cohort(folder: Path) -> Cohort | None:
 
 
 @check("data.cohort")
-def data(folder: Path) -> Iterator[Check]:
-    """Every fault of the cohort folder, by kind, with the first place where it occurs."""
-    findings = check_cohort(folder)
+def data(folder: Path, agreed: Path | None = None) -> Iterator[Check]:
+    """Every fault of the cohort folder, by kind, with the first place where it occurs.
+
+    ``agreed`` is the folder with the consortium's label map, if the site compares its own with it.
+    """
+    findings = check_cohort(folder, labels=read_label_map(agreed) if agreed else None)
     errors = [finding for finding in findings if finding.severity == "error"]
     warnings = [finding for finding in findings if finding.severity == "warning"]
     figures: dict[str, Figure] = {

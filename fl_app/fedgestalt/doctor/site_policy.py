@@ -107,6 +107,29 @@ def data_folder(folder: Path) -> Iterator[Check]:
         yield ok(name, f"{path} can be read", path=path)
 
 
+@check("policy.weights")
+def weights_folder(folder: Path) -> Iterator[Check]:
+    """The weights files that jobs may name can be read."""
+    name, path = "policy.weights", str(folder)
+    if not folder.is_dir():
+        remedy = f"correct weights in local/{FILE_NAME}, or put the files there"
+        yield problem(name, f"there is no weights folder {path}", remedy, path=path)
+        return
+    if not folder.is_absolute():
+        what = f"{path!r} depends on the folder in which FLARE is started"
+        yield warning(name, what, f"write the whole path as weights in local/{FILE_NAME}")
+        return
+    files = sorted(file for file in folder.iterdir() if file.is_file())
+    if closed := [file.name for file in files if not os.access(file, os.R_OK)]:
+        what = f"weights file {closed[0]!r} in {path} cannot be read"
+        yield problem(name, what, "let the user that runs FLARE read it", path=path)
+    elif not files:
+        remedy = "put the weights files there that the consortium's jobs name"
+        yield warning(name, f"the weights folder {path} is empty", remedy, path=path)
+    else:
+        yield ok(name, f"{path} holds {counted(len(files), 'weights file')}", path=path)
+
+
 @check("policy.store")
 def store_folder(folder: Path, data: Path) -> Iterator[Check]:
     """We can keep our own files in the store, and nobody else sees them."""

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from fedgestalt.contracts import BackboneModules, InputSpec
+from fedgestalt.contracts import BackboneModules, FromWeights, InputSpec, Options
 from fedgestalt.errors import ConfigError
 from fedgestalt.hooks.registry import Registry, read_options
 from fedgestalt.learning.augment import TEST_VARIANTS
@@ -197,24 +197,9 @@ def build_ensemble(spec: EnsembleSpec, classes: int, registry: Registry) -> Ense
     """
     members, weights = [], {}
     for index, member in enumerate(spec.members):
-        backbone = registry.backbones.get(member.backbone)
-        where = f"ensemble member {member.name!r}"
-        options = read_options(backbone.options, member.options, where=f"options of {where}")
-        options = find_weights(options, registry, where)
-        path = getattr(options, "weights", None)
-        try:
-            modules = backbone.build(options, spec.seed + index)
-        except ConfigError as error:
-            raise without_place(error, path, where) if path else error from None
+        modules, path = _built(member, spec.seed + index, registry)
         if path:
             weights[path.name] = path
-        if _keeps_norms(member) and not modules.weights_licence:
-            raise ConfigError(
-                "batch_norm: local publishes the start's BatchNorm layers, and those of random"
-                " weights have seen no image",
-                where=where,
-                remedy="begin from pretrained weights, or set batch_norm: shared",
-            )
         trunk, neck, feature_shape = _divided(member, modules)
         dropout = nn.Dropout(member.training.dropout)
         head = nn.Sequential(dropout, _linear(modules.embedding_size, classes, spec.seed + index))
@@ -231,6 +216,32 @@ def build_ensemble(spec: EnsembleSpec, classes: int, registry: Registry) -> Ense
             )
         )
     return Ensemble(spec, tuple(members), classes, weights)
+
+
+def _built(
+    member: MemberSpec, seed: int, registry: Registry
+) -> tuple[BackboneModules, Path | None]:
+    """A member's modules, and the file that they began from."""
+    where = f"ensemble member {member.name!r}"
+    options = find_weights(_options(member, registry), registry, where)
+    path = options.weights if isinstance(options, FromWeights) else None
+    try:
+        modules = registry.backbones.get(member.backbone).build(options, seed)
+    except ConfigError as error:
+        raise without_place(error, path, where) if path else error from None
+    if _keeps_norms(member) and not modules.weights_licence:
+        raise ConfigError(
+            "batch_norm: local publishes the start's BatchNorm layers, and those of random weights"
+            " have seen no image",
+            where=where,
+            remedy="begin from pretrained weights, or set batch_norm: shared",
+        )
+    return modules, path
+
+
+def _options(member: MemberSpec, registry: Registry) -> Options:
+    model = registry.backbones.get(member.backbone).options
+    return read_options(model, member.options, where=f"options of ensemble member {member.name!r}")
 
 
 def _divided(
@@ -365,10 +376,19 @@ def state_digest(module: nn.Module) -> str:
 
 
 def weight_licences(spec: EnsembleSpec, registry: Registry) -> dict[str, str]:
-    """SPDX licence of each member's start weights, without building the rest of the ensemble.
+    """SPDX licence of each member's start weights; of those from files, as the job states it.
+
+    Files are not opened for it: what they hold may be large, and not allowed here.
 
     Raises:
         PluginError: a backbone is not installed.
         ConfigError: its options are wrong.
     """
-    return build_ensemble(spec, 2, registry).licences
+    found = {}
+    for index, member in enumerate(spec.members):
+        options = _options(member, registry)
+        if isinstance(options, FromWeights) and options.weights is not None:
+            found[member.name] = options.weights_licence
+        else:
+            found[member.name] = _built(member, spec.seed + index, registry)[0].weights_licence
+    return found

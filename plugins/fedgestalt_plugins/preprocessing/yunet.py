@@ -4,7 +4,8 @@
   eyes are above its mouth counts, and of those the one with the highest score: YuNet also "finds"
   an upright face in every fifth face that stands on its head (with scores up to 0.88 where the
   true orientation has 0.92), and encodings of those are worthless.
-- Of several faces in one orientation the largest counts.
+- Of several faces in one orientation the largest counts; others are counted from a third of its
+  width on, so that somebody in the background is not.
 - The face is detected again on the template, enlarged, until its points stay where they are, and
   finally as the mean over several sizes: on a small or tilted face the first detection is off by
   10 pixels of the template, the mean of the last ones by less than 1.
@@ -44,6 +45,7 @@ TEMPLATE: Final[Points] = np.array(
 )
 SEARCH_SIDES: Final = (320, 1280)  # the longer side; the second only if the first finds nothing
 BORDER: Final = 0.25  # added around the photograph for the search: faces touch its edge
+BESIDE: Final = 1 / 3  # of the width of the largest face: from there on another one is counted
 MARGIN: Final = FACE_SIZE // 4  # around the template when the face is detected again
 ROUNDS: Final = 3  # detections on the template at most, until the points move less than ...
 SETTLED: Final = 2.0  # ... this many pixels of the template
@@ -82,15 +84,15 @@ def align(photograph: Pixels, options: YuNetOptions) -> AlignedFace:
     """
     turns = [np.ascontiguousarray(np.rot90(photograph, turned)) for turned in range(4)]
     for side in SEARCH_SIDES:
-        searched = [_largest_upright(image, side, options.min_confidence) for image in turns]
-        found = [(face, turned) for turned, face in enumerate(searched) if face]
+        searched = [_upright_faces(image, side, options.min_confidence) for image in turns]
+        found = [(faces, turned) for turned, faces in enumerate(searched) if faces]
         if found or side >= max(photograph.shape[:2]):
             break
     if not found:
         remedy = "use a photograph that shows the whole face from the front"
         raise DataError("no face was found in the photograph", remedy=remedy)
-    face, turned = max(found, key=lambda candidate: candidate[0].score)
-    face = _refined(turns[turned], face, options.min_confidence)
+    faces, turned = max(found, key=lambda candidate: candidate[0][0].score)
+    face = _refined(turns[turned], faces[0], options.min_confidence)
     if face.width < options.min_face_pixels:
         what = f"the face is {face.width:.0f} pixels wide"
         remedy = f"use a photograph in which it is at least {options.min_face_pixels:.0f}"
@@ -98,7 +100,8 @@ def align(photograph: Pixels, options: YuNetOptions) -> AlignedFace:
     pixels = warped(
         turns[turned], similarity(face.points, TEMPLATE), FACE_SIZE, cv2.BORDER_CONSTANT
     )
-    return AlignedFace(pixels, size=face.width, turned=turned)
+    beside = sum(other.width >= BESIDE * faces[0].width for other in faces[1:])
+    return AlignedFace(pixels, size=face.width, turned=turned, faces=1 + beside)
 
 
 def similarity(source: Points, target: Points) -> Points:
@@ -130,7 +133,8 @@ def warped(image: Pixels, matrix: Points, side: int, border: int) -> Pixels:
     return result
 
 
-def _largest_upright(image: Pixels, side: int, confidence: float) -> Face | None:
+def _upright_faces(image: Pixels, side: int, confidence: float) -> list[Face]:
+    """Upright faces, the largest first."""
     height, width = image.shape[:2]
     scale = min(1.0, side / max(height, width))
     size = max(1, round(width * scale)), max(1, round(height * scale))
@@ -138,11 +142,9 @@ def _largest_upright(image: Pixels, side: int, confidence: float) -> Face | None
     pad = round(BORDER * max(size))
     small = cv2.copyMakeBorder(small, pad, pad, pad, pad, cv2.BORDER_REPLICATE)
     upright = [face for face in _detect(small, confidence) if face.is_upright]
-    if not upright:
-        return None
     x, y = width / size[0], height / size[1]
     back = np.array([[x, 0, (x - 1) / 2 - pad * x], [0, y, (y - 1) / 2 - pad * y]])
-    return max(upright, key=lambda face: face.width).moved(back)
+    return [face.moved(back) for face in sorted(upright, key=lambda face: -face.width)]
 
 
 def _refined(image: Pixels, face: Face, confidence: float) -> Face:

@@ -10,6 +10,7 @@ import pytest
 
 from fedgestalt.cohort import (
     ImageRecord,
+    LabelMap,
     Syndrome,
     image_file,
     import_csv,
@@ -281,7 +282,7 @@ def test_images_are_copied_where_links_are_not_possible(folder, tmp_path, monkey
 def test_writing_without_an_image_is_refused(folder, tmp_path):
     cohort = read_cohort(folder)
     image_file(folder, "3").unlink()
-    with pytest.raises(DataError, match="the cohort cannot be written: No such file"):
+    with pytest.raises(DataError, match="an image of the cohort is no longer there"):
         write_cohort(cohort, tmp_path / "copy")
 
 
@@ -427,7 +428,7 @@ def test_a_csv_becomes_a_cohort_folder_without_the_names_of_files(table, tmp_pat
 
 def test_an_import_with_a_label_map_keeps_rare_syndromes_out_of_training(table, tmp_path):
     label_map = {i: Syndrome(i, str(i)) for i in (7, 9, 30)}
-    import_csv(table, tmp_path / "new", squared, syndromes=label_map, classes=[9, 7])
+    import_csv(table, tmp_path / "new", squared, labels=LabelMap(label_map, (9, 7)))
     cohort = read_cohort(tmp_path / "new")
     assert cohort.classes == (9, 7)
     assert cohort.syndromes == label_map
@@ -451,7 +452,7 @@ def test_a_wrong_row_of_an_import_is_refused(table, tmp_path, old, new, sentence
     table.write_text(table.read_text().replace(old, new, 1))
     label_map = {i: Syndrome(i, str(i)) for i in (7, 30)}
     with pytest.raises(DataError, match=re.escape(f"cohort.csv, {sentence}")):
-        import_csv(table, tmp_path / "new", squared, syndromes=label_map)
+        import_csv(table, tmp_path / "new", squared, labels=LabelMap(label_map, (7, 30)))
 
 
 def test_a_photograph_that_cannot_be_aligned_is_refused_with_its_row(table, tmp_path):

@@ -525,6 +525,24 @@ def the_store_is_named_by_half_a_path(site: Hospital, patch: pytest.MonkeyPatch)
     site.policy(store="store")
 
 
+@damage("policy.weights", "there is no weights folder")
+def the_weights_folder_is_not_there(site: Hospital, patch: pytest.MonkeyPatch) -> None:
+    site.policy(weights=str(site.folder / "no-weights"))
+
+
+@damage("policy.weights", "is empty", state="warning")
+def the_weights_folder_is_empty(site: Hospital, patch: pytest.MonkeyPatch) -> None:
+    (site.folder / "weights").mkdir()
+    site.policy(weights=str(site.folder / "weights"))
+
+
+@damage("policy.weights", "depends on the folder", state="warning")
+def the_weights_folder_is_named_by_half_a_path(site: Hospital, patch: pytest.MonkeyPatch) -> None:
+    patch.chdir(site.folder)
+    (site.folder / "weights").mkdir()
+    site.policy(weights="weights")
+
+
 # --- machine and data ----------------------------------------------------------------------------
 
 
@@ -578,6 +596,17 @@ def a_photograph_is_damaged(site: Hospital, patch: pytest.MonkeyPatch) -> None:
 @damage("data.cohort", "cannot be read")
 def the_folder_holds_no_cohort(site: Hospital, patch: pytest.MonkeyPatch) -> None:
     site.policy(data=str(site.kit))
+
+
+@damage("data.cohort", "1 error", "syndrome … is …, in the agreed map …")
+def a_syndrome_is_called_otherwise_than_in_the_consortiums_map(
+    site: Hospital, patch: pytest.MonkeyPatch
+) -> None:
+    agreed = site.data.parent / "agreed"
+    shutil.copytree(site.data, agreed)
+    (table,) = (agreed / "gmdb_metadata").glob("gmdb_syndromes_*.tsv")
+    table.write_text(table.read_text().replace("SYNDROME-NAME-11", "OTHER-NAME", 1))
+    site.policy(label_map=str(agreed))
 
 
 @damage("data.cohort", "one subject only", state="warning")

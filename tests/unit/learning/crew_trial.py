@@ -68,7 +68,13 @@ def main(folder: Path) -> None:
         features = trunk_features(member, pictures(), CPU, folder / "cache")
         (folder / "file").write_text("")
         summary = encode_photographs(
-            Request(folder / "model.zip", folder / "photographs", folder / "two.npz", "cpu"),
+            Request(
+                folder / "model.zip",
+                folder / "photographs",
+                folder / "two.npz",
+                get_registry().preprocessors.get("yunet-arcface"),
+                "cpu",
+            ),
             get_registry(),
             Steps(),
             crew,

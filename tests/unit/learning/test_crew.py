@@ -73,7 +73,11 @@ def test_features_have_the_bytes_of_one_process(trial: Trial, tmp_path: Path) ->
 
 def test_encodings_have_the_bytes_of_one_process(trial: Trial, tmp_path: Path) -> None:
     request = Request(
-        trial.folder / "model.zip", trial.folder / "photographs", tmp_path / "one.npz", "cpu"
+        trial.folder / "model.zip",
+        trial.folder / "photographs",
+        tmp_path / "one.npz",
+        get_registry().preprocessors.get("yunet-arcface"),
+        "cpu",
     )
     alone = encode_photographs(request, get_registry(), Steps(), ALONE)
     one, two = (read_encodings(p) for p in (tmp_path / "one.npz", trial.folder / "two.npz"))

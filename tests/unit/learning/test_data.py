@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from fedgestalt.cohort import Cohort, ImageRecord, Syndrome
+from fedgestalt.errors import DataError
 from fedgestalt.learning import data as data_module
-from fedgestalt.learning.data import HELD_OUT_IMAGES, held_out_set
+from fedgestalt.learning.data import HELD_OUT_IMAGES, held_out_set, training_set
+from fedgestalt.learning.training import class_weights
 
 CLASSES = (11, 12, 13)
 
@@ -73,3 +75,24 @@ def test_syndromes_that_the_consortium_does_not_train_are_left_out() -> None:
     found = held_out_set(dataclasses.replace(whole, classes=(11, 13)))
     assert set(found.targets.tolist()) == {0, 1}
     assert all(row % 3 != 1 for row in found.faces[:, 0, 0, 0])
+
+
+def test_a_class_of_one_subject_trains_and_is_not_measured() -> None:
+    """With its only image in training there is none to hold out."""
+    whole = cohort(9)
+    first = next(i for i in whole.train if whole.images[i].syndrome == 12)
+    others = [i for i in whole.train if whole.images[i].syndrome != 12]
+    tests = [i for i in whole.frequent_test if whole.images[i].syndrome != 12]
+    alone = dataclasses.replace(whole, train=(first, *others), frequent_test=tuple(tests))
+    found, held_out = training_set(alone), held_out_set(alone)
+    assert found.targets.tolist().count(1) == 1
+    assert 1 not in held_out.targets
+    assert class_weights(found.targets, 3)[1] == 1
+
+
+def test_a_syndrome_that_is_not_in_the_class_list_is_a_sentence() -> None:
+    fewer = dataclasses.replace(cohort(0), classes=(11,))
+    with pytest.raises(DataError) as fault:
+        training_set(fewer)
+    assert "2 syndromes of training images are not in the class list" in str(fault.value)
+    assert "use the consortium's lookup table" in fault.value.remedy

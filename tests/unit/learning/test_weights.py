@@ -12,7 +12,7 @@ import safetensors.torch
 from fedgestalt.errors import ConfigError, SiteError
 from fedgestalt.hooks import get_registry
 from fedgestalt.hooks.registry import Registry
-from fedgestalt.learning.ensemble import Ensemble, build_ensemble
+from fedgestalt.learning.ensemble import Ensemble, build_ensemble, weight_licences
 from fedgestalt.learning.spec import EnsembleSpec, MemberSpec
 from fedgestalt.learning.weights import weights_digest
 from fedgestalt_plugins.backbones import IResNet, IResNetOptions
@@ -59,6 +59,19 @@ def test_a_file_is_found_by_its_name_in_the_machines_own_folder(
     assert one.licences == {"m": "CC0-1.0"}
     assert one.weights == {NAME: tmp_path / "here" / NAME}
     assert build(registry, weights=None).start_digest != one.start_digest
+
+
+def test_the_licence_of_a_file_is_the_one_that_is_stated_and_the_file_is_not_opened(
+    registry: Registry, tmp_path: Path
+) -> None:
+    stated = {**TINY, "weights": "not-there.pt", "weights_licence": "MIT"}
+    members = (
+        MemberSpec(name="file", backbone="iresnet", options=stated),
+        MemberSpec(name="random", backbone="iresnet", options=TINY),
+        MemberSpec(name="shipped", backbone="sface"),
+    )
+    found = weight_licences(EnsembleSpec(members=members), registry)
+    assert found == {"file": "MIT", "random": "", "shipped": "Apache-2.0"}
 
 
 def test_another_file_of_the_same_name_is_another_start(registry: Registry, tmp_path: Path) -> None:

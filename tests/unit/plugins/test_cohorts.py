@@ -4,13 +4,29 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
+from itertools import count, islice
 
+import cv2
 import numpy as np
 import pytest
 
-from fedgestalt.cohort import STRATEGIES, check_cohort, load_image, read_cohort, split_cohort
-from fedgestalt.contracts import CohortSource
+from fedgestalt.cohort import (
+    STRATEGIES,
+    check_cohort,
+    check_table,
+    export_cohort,
+    import_csv,
+    load_image,
+    read_cohort,
+    read_label_map,
+    save_jpeg,
+    split_cohort,
+)
+from fedgestalt.cohort.duplicates import copies, fingerprint
+from fedgestalt.contracts import AlignedFace, CohortSource
 from fedgestalt.errors import ConfigError, DataError
+from fedgestalt.hooks import get_registry
 from fedgestalt_plugins.cohorts import fedgestalt_cohorts, orl, orl_warp
 from fedgestalt_plugins.cohorts.synthetic import Parameters, SyntheticCohort, population
 from fedgestalt_plugins.cohorts.synthetic.build import deal_roles
@@ -63,6 +79,89 @@ def test_a_built_cohort_passes_every_check(built, name):
     assert cohort.version == source.version
     assert steps[-1] == (len(cohort.images), len(cohort.images))
     assert [done for done, _ in steps] == sorted(done for done, _ in steps)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_built_cohort_passes_the_checks_that_are_made_on_request(built, name):
+    folder = built[name][1]
+    preprocessor = get_registry().preprocessors.get("yunet-arcface")
+    options = preprocessor.options()
+    looked = count()
+
+    def find_face(pixels):
+        if next(looked) % 80:
+            return AlignedFace(pixels, size=80.0)  # all of them would take a minute
+        return preprocessor.align(pixels, options)
+
+    assert check_cohort(folder, labels=read_label_map(folder), find_face=find_face) == []
+
+
+def stored_again(pixels):
+    return cv2.imdecode(cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, 50])[1], 1)
+
+
+def scaled(pixels):
+    small = cv2.resize(pixels, (80, 80), interpolation=cv2.INTER_AREA)
+    return cv2.resize(small, (112, 112))
+
+
+def brightened(pixels):
+    return cv2.convertScaleAbs(pixels, alpha=1.0, beta=25)
+
+
+def greyed(pixels):
+    return cv2.cvtColor(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_copies_of_faces_are_found_in_every_cohort(built, name):
+    cohort = read_cohort(built[name][1])
+    faces = [load_image(record) for record in list(cohort.images.values())[::20]]
+    for change in (stored_again, scaled, brightened, greyed):
+        prints = [fingerprint(p) for p in [*faces, *map(change, faces)]]
+        owners = list(range(len(prints)))
+        found = list(copies(prints, owners))
+        assert found == [(len(faces) + i, i) for i in range(len(faces))], change.__name__
+
+
+def test_photographs_of_one_person_in_a_row_are_alike_but_no_copies(built):
+    cohort = read_cohort(built["orl"][1])
+    grey = np.array(
+        [fingerprint(load_image(r)).grey.ravel() for r in cohort.images.values()], np.float64
+    )
+    subjects = np.array([record.subject for record in cohort.images.values()])
+    alike = np.corrcoef(grey)[subjects[:, None] != subjects].max()
+    assert alike == pytest.approx(0.9915, abs=0.001)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_built_cohort_is_the_same_after_an_export(built, name, tmp_path):
+    cohort = read_cohort(built[name][1], name=name)
+    exported = export_cohort(cohort, tmp_path / "new", version="v1.1.0")
+    places = {i: replace(r, path=cohort.images[i].path) for i, r in exported.images.items()}
+    same = replace(exported, version=cohort.version, root=cohort.root, images=places)
+    assert same == cohort
+    assert exported.digest == cohort.digest
+
+
+def test_real_photographs_in_a_table_are_found_sound_and_imported(tmp_path):
+    rows = ["image,subject,syndrome"]
+    for number, photograph in enumerate(islice(orl.photographs(), 0, 200, 25)):
+        save_jpeg(tmp_path / f"{number}.jpg", photograph.pixels)
+        rows.append(f"{number}.jpg,subject-{number},{1 + number % 2}")
+    table = tmp_path / "cohort.csv"
+    table.write_text("\n".join(rows))
+    preprocessor = get_registry().preprocessors.get("yunet-arcface")
+    options = preprocessor.options()
+
+    def find_face(pixels):
+        return preprocessor.align(pixels, options)
+
+    assert check_table(table, find_face) == []
+    import_csv(table, tmp_path / "new", lambda pixels: find_face(pixels).pixels, test_share=0.3)
+    assert check_cohort(tmp_path / "new") == []
+    cohort = read_cohort(tmp_path / "new")
+    assert (len(cohort.train), len(cohort.frequent_test)) == (6, 2)
 
 
 @pytest.mark.parametrize("name", NAMES)

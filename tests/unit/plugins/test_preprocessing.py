@@ -42,6 +42,15 @@ def resized(image: Pixels, factor: float) -> Pixels:
     return result
 
 
+def test_everybody_in_a_photograph_is_counted_but_not_somebody_in_the_background() -> None:
+    assert align(photograph(1), OPTIONS).faces == 1
+    pair = np.hstack([photograph(1), photograph(2)])
+    assert align(pair, OPTIONS).faces == 2
+    large, small = resized(photograph(1), 5), photograph(2)
+    large[: small.shape[0], : small.shape[1]] = small
+    assert align(large, OPTIONS).faces == 1
+
+
 def test_listing_preprocessors_does_not_import_opencv() -> None:
     code = (
         "import sys; from fedgestalt_plugins.preprocessing import fedgestalt_preprocessors as f;"

@@ -19,7 +19,12 @@ from torch import nn
 
 from fedgestalt.contracts import BackboneModules
 from fedgestalt.errors import ConfigError
+from fedgestalt.hooks import get_registry
+from fedgestalt.learning.encoding import encode as encode_faces
+from fedgestalt.learning.ensemble import build_ensemble, read_shared_state
 from fedgestalt.learning.images import to_input
+from fedgestalt.learning.spec import EnsembleSpec, MemberSpec, TrainingSpec
+from fedgestalt.learning.training import LocalTrainer, TrainingSet
 from fedgestalt_plugins.backbones import (
     ArcFaceOnnx,
     ArcFaceOnnxOptions,
@@ -277,6 +282,35 @@ def test_a_network_for_grey_images_is_refused(tmp_path: Path) -> None:
     assert "it needs one input of shape (n, 3, size, size)" in refusal(tmp_path / "grey.onnx")
 
 
+# --- in an ensemble ------------------------------------------------------------------------------
+
+
+def trains_and_encodes(member: dict[str, Any], folder: Path) -> set[str]:
+    """A round changes what is shared and the encodings; returns the shared names."""
+    training = TrainingSpec(epochs=1, batch_size=4, variants=1)
+    spec = EnsembleSpec(members=(MemberSpec(name="m", training=training, **member),))
+    ensemble = build_ensemble(spec, 2, get_registry().with_weights(folder))
+    faces = np.random.default_rng(0).integers(0, 256, (6, 112, 112, 3), np.uint8)
+    before, start = encode_faces(ensemble, faces, CPU), read_shared_state(ensemble)
+    data = TrainingSet(faces, np.arange(6) % 2, 2)
+    state, metrics = LocalTrainer(ensemble, data, CPU, 1).run_round(start, 1)
+    assert np.isfinite(metrics["m"].loss)
+    assert [name for name in state if np.array_equal(state[name], start[name])] == []
+    after = encode_faces(ensemble, faces, CPU)
+    np.testing.assert_allclose(np.linalg.norm(after, axis=1), 1, rtol=1e-5)
+    assert not np.allclose(before, after, atol=1e-4)
+    return set(state)
+
+
+@pytest.mark.parametrize("trainable", ["neck", "last-stage", "all"])
+def test_a_member_from_an_onnx_file_trains_and_encodes(tmp_path: Path, trainable: str) -> None:
+    exported(mobile_facenet(64), 32, tmp_path / "mbf.onnx")
+    member = {"backbone": "arcface-onnx", "options": {"weights": "mbf.onnx"}}
+    names = trains_and_encodes({**member, "trainable": trainable}, tmp_path)
+    assert any(name.startswith("m/trunk/") for name in names) == (trainable == "all")
+    assert any("last_stage" in name for name in names) == (trainable == "last-stage")
+
+
 # --- order of colours ----------------------------------------------------------------------------
 
 
@@ -400,6 +434,14 @@ def test_a_network_that_would_download_by_default_does_not(monkeypatch: Any) -> 
 @needs_monai
 def test_monai_networks_say_of_no_last_stage() -> None:
     assert monai().cut is None
+
+
+@needs_monai
+@pytest.mark.parametrize("trainable", ["neck", "all"])
+def test_a_member_from_monai_trains_and_encodes(tmp_path: Path, trainable: str) -> None:
+    options = {"network": "resnet10", "arguments": RESNET, "embedding_size": 8, "input_size": 32}
+    member = {"backbone": "monai", "options": options, "trainable": trainable}
+    trains_and_encodes(member, tmp_path)
 
 
 def test_without_monai_the_sentence_says_what_to_install(monkeypatch: Any) -> None:

@@ -28,6 +28,7 @@ from fedgestalt.federation.job.places import place_of
 from fedgestalt.federation.job.progress import ProgressLog
 from fedgestalt.federation.job.watch import PING
 from fedgestalt.federation.job.wire import body, fault_reply, to_shareable
+from fedgestalt.federation.site.labels import check_label_map
 from fedgestalt.federation.site.settings import SiteSettings, read_settings
 from fedgestalt.hooks import get_registry
 from fedgestalt.hooks.registry import Registry
@@ -167,5 +168,9 @@ class SiteExecutor(Executor):
     def cohort(self) -> Cohort:
         """This site's cohort; read and checked once per job."""
         if self._cohort is None:
-            self._cohort = read_cohort(self.settings.data_folder(self.site), name=self.site)
+            cohort = read_cohort(self.settings.data_folder(self.site), name=self.site)
+            agreed = self.settings.label_map_folder(self.site)
+            if agreed:
+                check_label_map(cohort, agreed, self.store)
+            self._cohort = cohort
         return self._cohort

@@ -27,7 +27,8 @@ _REMEDIES: Final[Mapping[str, str]] = {
     "fedgestalt code": "reinstall fedgestalt: its files differ from those elsewhere",
     "nvflare": "install the same version of nvflare everywhere",
     "plugin": "install the same version of this plugin everywhere",
-    "label map": "use the consortium's syndrome table and class list at every site",
+    "label map": "use the consortium's syndrome table and class list at every site;"
+    " `fedgestalt cohort check DIR --labels DIR` names the rows that differ from it",
     "classes": "use the consortium's class list at every site",
     "start model": "install the same versions of backbone plugins and weights",
     "weights": "put the same file under this name into every machine's weights folder",

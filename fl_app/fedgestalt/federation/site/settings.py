@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
 import yaml
 from pydantic import Field
@@ -18,6 +18,7 @@ from fedgestalt.hooks.registry import read_options
 from fedgestalt.learning.spec import Spec
 
 FILE_NAME = "fedgestalt.yaml"
+_DISCOVER: Final = "discover"
 ALL_ROWS = 0
 """As the rows a job asks for: an evaluation release, every row for every query."""
 
@@ -31,12 +32,18 @@ class SiteSettings(Spec):
         default=None,
         description="folder of the weights files that jobs name, for backbones that begin from one",
     )
+    label_map: str = Field(
+        default="",
+        description="the label map that the consortium agreed on, a folder in GMDB layout of which"
+        " the syndrome table and the class list are read; a cohort that differs from it takes part"
+        " in no job; empty: only digests are compared",
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="what trains and encodes; auto takes a GPU if there is one"
     )
     threads: int | None = Field(default=None, ge=1, description="CPU threads; default all")
     jobs: tuple[str, ...] = Field(
-        default=("train_ensemble", "match", "onboard", "gallery"),
+        default=("train_ensemble", "match", "onboard", "gallery", "discover"),
         description="job templates this site takes part in",
     )
     partners: tuple[str, ...] = Field(
@@ -84,7 +91,10 @@ class SiteSettings(Spec):
         " scores of its test images against all images of the others",
     )
     max_queries_per_job: int = Field(
-        default=2000, ge=1, description="most queries that any one site may ask in a job"
+        default=2000,
+        ge=1,
+        description="most queries that any one site may ask in a job, images of its yardstick"
+        " included",
     )
     max_queries_per_day: int = Field(
         default=10_000, ge=1, description="most queries that any one site may ask in a day (UTC)"
@@ -97,6 +107,16 @@ class SiteSettings(Spec):
     reveal_hospital: bool = Field(
         default=False, description="whether other hospitals see that a released row is this one's"
     )
+    discovery: bool = Field(
+        default=False,
+        description="whether this site's unsolved cases are compared with those of other hospitals"
+        " (template `discover`)",
+    )
+    release_hpo_terms: bool = Field(
+        default=False,
+        description="whether other hospitals get the HPO terms of a released row's patient, sealed"
+        " from the server",
+    )
     max_update_norm: float = Field(
         default=1.0,
         gt=0,
@@ -107,6 +127,10 @@ class SiteSettings(Spec):
     def data_folder(self, site: str) -> Path:
         """The folder with the cohort of ``site``."""
         return Path(self.data.replace("{site}", site))
+
+    def label_map_folder(self, site: str) -> Path | None:
+        """The folder with the consortium's label map, if ``site`` compares its own with it."""
+        return Path(self.label_map.replace("{site}", site)) if self.label_map else None
 
     def store_folder(self, site: str) -> Path:
         """The folder that only ``site`` reads and writes."""
@@ -120,6 +144,8 @@ class SiteSettings(Spec):
         """Raise SiteError if this site does not take part in such jobs."""
         if template not in self.jobs:
             raise _refusal(f"does not take part in jobs of the kind {template!r}", "jobs")
+        if template == _DISCOVER and not self.discovery:
+            raise _refusal("compares no unsolved case with those of other hospitals", "discovery")
 
     def check_roster(self, site: str, roster: Collection[str]) -> None:
         """Raise SiteError if ``site`` does not work with exactly these sites."""

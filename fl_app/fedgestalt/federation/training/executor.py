@@ -141,6 +141,7 @@ class EnsembleTrainer(SiteExecutor):
         self._roster = join.roster
         data = training_set(self.cohort)
         ensemble = build_ensemble(self._spec, data.classes, registry)
+        self.settings.check_licences(ensemble.licences)
         self._outline = ensemble.outline()
         state = read_shared_state(ensemble)
         self._model = GlobalModel(chosen.shared(state, self._spec), chosen.momentum)
