@@ -1,0 +1,183 @@
+"""What the others ask and take back, and what comes back for a site's own queries."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import numpy as np
+
+from fedgestalt.errors import ServerError
+from fedgestalt.federation.matching.enrolling import OwnRows
+from fedgestalt.federation.matching.messages import (
+    Answers,
+    Consent,
+    Consider,
+    Query,
+    Ranked,
+    ReleasedRows,
+    handles_digest,
+    query_statement,
+    withdrawal_statement,
+)
+from fedgestalt.federation.matching.results import (
+    Queries,
+    QueryLedger,
+    forget,
+    write_matches,
+    write_receipt,
+)
+from fedgestalt.federation.matching.shares import SharingSite
+from fedgestalt.federation.matching.site import MatchingSite
+from fedgestalt.messages import from_server
+from fedgestalt.similarity.kernel import Kernel
+from fedgestalt.similarity.labels import HANDLE_BYTES, Label, open_label
+
+_TOLERANCE: Final = 1e-4
+"""Of a score whose value a site knows; float32 rows give 1e-6."""
+
+
+def consider(
+    own: MatchingSite, kernel: Kernel, rows: OwnRows, message: Consider
+) -> tuple[Consent, dict[str, int]]:
+    """Agree to what all sites ask, by this site's policy, and forget what is withdrawn.
+
+    Returns:
+        This site's consent, and how many queries each site asks.
+
+    Raises:
+        ServerError: the queries are not those that the sites have signed.
+        SiteError: a site asks more than this site's policy answers.
+    """
+    if message.kernel != kernel.id:
+        raise ServerError("the queries are about another kernel", where=own.site)
+    peers = own.peers(message.certificates)
+    ledger = QueryLedger(own.store)
+    for site, query in sorted(message.queries.items()):
+        if site not in peers:
+            raise ServerError(f"no certificate came for {site}", where=own.site)
+        statement = query_statement(own.job, kernel.id, site, query.count, query.digest)
+        peers[site].verify(statement, query.signature)
+        own.settings.check_queries(site, query.count, ledger.today(site, own.job))
+    asked = message.queries.get(own.site, Query(0, handles_digest(rows.queries[:0]), b"-"))
+    if (asked.count, asked.digest) != (len(rows.queries), handles_digest(rows.queries)):
+        raise ServerError("this site's queries came back altered", where=own.site)
+    for site, query in sorted(message.queries.items()):
+        if query.count:
+            ledger.note(site, own.job, query.count)
+    forget(own.store, message.withdrawn)
+    statement = withdrawal_statement(
+        own.job, kernel.id, own.site, handles_digest(message.withdrawn)
+    )
+    announced = {site: query.count for site, query in message.queries.items()}
+    return Consent(kernel.id, own.identity.sign(statement)), announced
+
+
+def opened_shares(sharing: SharingSite, message: Answers) -> ReleasedRows:
+    """All rows and their scores, where several parties have computed them."""
+    scores = sharing.open(message)
+    columns = np.argsort(-scores, axis=1, kind="stable")
+    return ReleasedRows(
+        message.handles,
+        message.labels,
+        columns.astype(np.int32),
+        np.take_along_axis(scores, columns, 1),
+        np.empty((0, HANDLE_BYTES), np.uint8),
+        {},
+        {},
+    )
+
+
+def keep_ranks(own: MatchingSite, kernel: Kernel, rows: OwnRows, released: ReleasedRows) -> Ranked:
+    """Check what was released, and store the ranked queries at the site.
+
+    Raises:
+        ServerError: it is not what this site asked, or not right where this site knows better.
+        PeerError: a signature on what is withdrawn is wrong.
+    """
+    released.check(len(rows.queries), from_server)
+    _check_planted(rows, released)
+    if rows.withdrawn:
+        _check_receipt(own, kernel, rows, released)
+    if len(rows.queries):
+        write_matches(
+            own.store,
+            own.job,
+            kernel.id,
+            own.site,
+            Queries(
+                images := [own.order.image_ids[number] for number in rows.asked],
+                [record.subject for record in own.cohort.records(images)],
+                own.order.syndromes[rows.asked],
+                own.order.roles[rows.asked],
+            ),
+            {handle: image for handle, (image, _) in rows.enrolled.images.items()},
+            released,
+            open_labels(released, kernel),
+            own.ranking,
+        )
+    if own.start.standing:
+        own.kernels.retire_older_than(kernel)
+    return Ranked(kernel.id)
+
+
+def open_labels(released: ReleasedRows, kernel: Kernel) -> dict[int, Label]:
+    """Open the labels of all released rows, by row number.
+
+    Raises:
+        ServerError: one was altered or moved.
+    """
+    return {
+        row: open_label(released.labels[row].tobytes(), kernel, released.handles[row].tobytes())
+        for row in range(len(released.handles))
+    }
+
+
+def _check_planted(rows: OwnRows, released: ReleasedRows) -> None:
+    """Every released score between two of a site's own rows must be the one it knows.
+
+    Raises:
+        ServerError: one is not, or a row that must be among the nearest is missing.
+    """
+    own = [rows.places.get(handle.tobytes().hex(), -1) for handle in released.handles]
+    places = np.array(own, np.int64)
+    for query, handle in enumerate(rows.queries):
+        mine = rows.places[handle.tobytes().hex()]
+        found = places[released.columns[query]]
+        known = np.flatnonzero(found >= 0)
+        right = rows.encodings[found[known]] @ rows.encodings[mine]
+        scores = released.scores[query]
+        missing = mine not in found and (not len(scores) or scores.min() < 1 - _TOLERANCE)
+        if missing or np.abs(scores[known] - right).max(initial=0) > _TOLERANCE:
+            raise ServerError(
+                "scores came that are not those of this site's own rows: rows were swapped or"
+                " scores made up",
+                where="server",
+                remedy="trust no result of this job; tell the consortium's lead",
+            )
+
+
+def _check_receipt(
+    own: MatchingSite, kernel: Kernel, rows: OwnRows, released: ReleasedRows
+) -> None:
+    listed = {handle.tobytes().hex() for handle in released.withdrawn}
+    if not rows.withdrawn.keys() <= listed:
+        raise ServerError(
+            "the others were not told of all rows that this site has withdrawn",
+            where=own.site,
+            remedy="tell the consortium's lead; the rows may still be in others' results",
+        )
+    peers = own.peers(released.certificates)
+    digest = handles_digest(released.withdrawn)
+    for site, signature in released.consents.items():
+        if site not in peers:
+            raise ServerError(f"no certificate came for {site}", where=own.site)
+        peers[site].verify(withdrawal_statement(own.job, kernel.id, site, digest), signature)
+    write_receipt(
+        own.store,
+        own.job,
+        kernel.id,
+        released.withdrawn,
+        sorted(set(rows.withdrawn.values())),
+        released.consents,
+        released.certificates,
+    )

@@ -1,0 +1,217 @@
+"""What a site enrols in a matching job: masked rows or shares of its images, with sealed labels.
+
+Beside its patients' rows a site plants a few whose similarities it knows beforehand, so that a
+server which swaps rows or makes scores up is found out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedgestalt.errors import ServerError, SiteError
+from fedgestalt.federation.matching.holdings import Enrolled
+from fedgestalt.federation.matching.messages import (
+    Enrol,
+    Enrolment,
+    EnrolShares,
+    Handles,
+    SharedEnrolment,
+)
+from fedgestalt.federation.matching.shares import SharingSite
+from fedgestalt.federation.matching.site import MatchingSite
+from fedgestalt.learning.encoding import Encodings
+from fedgestalt.similarity.kernel import Kernel
+from fedgestalt.similarity.labels import (
+    HANDLE_BYTES,
+    PLANTED,
+    SEALED_BYTES,
+    Label,
+    new_handle,
+    seal_label,
+)
+
+_PLANTED_ROWS: Final = 2
+_PLANTED_WEIGHT: Final = 0.25
+
+
+@dataclass(frozen=True)
+class OwnRows:
+    """A site's own rows in one job.
+
+    Attributes:
+        enrolled: which image stands behind which handle.
+        encodings: (n, d) of images and planted rows.
+        places: row of ``encodings``, by handle (hexadecimal).
+        asked: (q,) what it asks about, as numbers in the site's image order.
+        queries: handles of the same.
+        withdrawn: image by handle, of the rows that it takes back.
+    """
+
+    enrolled: Enrolled
+    encodings: Encodings
+    places: dict[str, int]
+    asked: NDArray[np.int64]
+    queries: Handles
+    withdrawn: dict[str, str] = field(default_factory=dict)
+
+
+def enrol_rows(own: MatchingSite, kernel: Kernel, message: Enrol) -> tuple[OwnRows, Enrolment]:
+    """Bring a site's part of a gallery of masked rows up to date.
+
+    Raises:
+        SiteError: it has no image that it may enrol.
+    """
+    start, ids = own.start, own.order.image_ids
+    enrolled = own.kernels.enrolled(kernel) if start.standing else Enrolled()
+    wanted = wanted_images(own)
+    images = _in_order(own, wanted)
+    place_of = {image: place for place, image in enumerate(images)}
+    known = {handle.tobytes().hex() for handle in message.handles}
+    kept = enrolled.keep(known, wanted)
+    removed = sorted(known - kept.images.keys() - kept.planted.keys())
+    withdrawn = {h: enrolled.images[h][0] for h in removed if h in enrolled.images}
+    handle_of = {image: handle for handle, (image, _) in kept.images.items()}
+    added = [image for image in images if image not in handle_of]
+    handle_of |= {image: new_handle().hex() for image in added}
+    planted = {
+        new_handle().hex(): _pair(own, images) for _ in range(_PLANTED_ROWS - len(kept.planted))
+    }
+    enrolled.images = {handle_of[image]: (image, wanted[image]) for image in images}
+    enrolled.planted = {**kept.planted, **planted}
+    encodings = own.encode(own.cohort.records(images))
+    near, other = ([place_of[pair[side]] for pair in enrolled.planted.values()] for side in (0, 1))
+    between = encodings[near] + _PLANTED_WEIGHT * encodings[other]
+    between /= np.linalg.norm(between, axis=1, keepdims=True)
+    places = {handle_of[image]: place for image, place in place_of.items()}
+    places |= {h: len(images) + n for n, h in enumerate(enrolled.planted)}
+    new = [handle_of[image] for image in added] + list(planted)
+    labels = [
+        *(_label(own, enrolled, image, handle_of[image], kernel) for image in added),
+        *(seal_label(Label(-1, PLANTED), kernel, bytes.fromhex(h)) for h in planted),
+    ]
+    if start.standing:
+        own.kernels.keep_enrolled(kernel, enrolled)
+    asked = _asked(own, images) if message.ask else []
+    rows = OwnRows(
+        enrolled,
+        np.concatenate([encodings, between]),
+        places,
+        np.array(asked, np.int64),
+        stacked([handle_of[ids[number]] for number in asked]),
+        withdrawn,
+    )
+    return rows, Enrolment(
+        kernel.id,
+        stacked(removed),
+        _masked(own, rows.encodings[[places[handle] for handle in new]], kernel),
+        stacked(new),
+        _joined(labels),
+        rows.queries,
+        own.sign_queries(kernel.id, rows.queries),
+    )
+
+
+def enrol_shares(
+    own: MatchingSite, kernel: Kernel, sharing: SharingSite, message: EnrolShares
+) -> tuple[OwnRows, SharedEnrolment]:
+    """Send a site's rows and question in shares, where several parties compute.
+
+    Raises:
+        ServerError: it is asked for another kernel or roster.
+        SiteError: it has no image that it may enrol.
+    """
+    if message.kernel != kernel.id or not set(message.computing) <= set(own.start.roster):
+        raise ServerError("shares were asked for another kernel or roster", where=own.site)
+    ids, wanted = own.order.image_ids, wanted_images(own)
+    images = _in_order(own, wanted)
+    handle_of = {image: new_handle().hex() for image in images}
+    enrolled = Enrolled({handle_of[image]: (image, wanted[image]) for image in images})
+    asked = _asked(own, images) if message.ask else []
+    rows = OwnRows(
+        enrolled,
+        own.encode(own.cohort.records(images)),
+        {handle_of[image]: place for place, image in enumerate(images)},
+        np.array(asked, np.int64),
+        stacked([handle_of[ids[number]] for number in asked]),
+    )
+    queries = rows.encodings[[rows.places[h.tobytes().hex()] for h in rows.queries]]
+    parts, boxes = sharing.enrol(rows.encodings, queries, kernel.masking_seed)
+    return rows, SharedEnrolment(
+        kernel.id,
+        stacked(list(handle_of.values())),
+        _joined([_label(own, enrolled, i, handle_of[i], kernel) for i in images]),
+        rows.queries,
+        own.sign_queries(kernel.id, rows.queries),
+        parts,
+        boxes,
+    )
+
+
+def wanted_images(own: MatchingSite) -> dict[str, str]:
+    """Digest of each image's file, of the images that the site's policy lets it enrol."""
+    least = own.settings.minimum_images_per_syndrome
+    common = {s for s, n in own.cohort.images_per_syndrome().items() if n >= least}
+    return {
+        image: hashlib.sha256(record.path.read_bytes()).hexdigest()
+        for image, record in own.cohort.images.items()
+        if record.syndrome in common
+    }
+
+
+def stacked(handles: Sequence[str]) -> Handles:
+    """Handles (n, ``HANDLE_BYTES``) from their hexadecimal digits."""
+    return np.frombuffer(bytes.fromhex("".join(handles)), np.uint8).reshape(-1, HANDLE_BYTES)
+
+
+def _in_order(own: MatchingSite, wanted: dict[str, str]) -> list[str]:
+    images = [image for image in own.order.image_ids if image in wanted]
+    if not images:
+        raise SiteError("this site has no image that its policy lets it enrol")
+    return images
+
+
+def _asked(own: MatchingSite, images: Sequence[str]) -> list[int]:
+    """Numbers, in the site's image order, of its queries among ``images``."""
+    chosen = set(images)
+    ids = own.order.image_ids[: own.order.queries]
+    return [number for number, image in enumerate(ids) if image in chosen]
+
+
+def _masked(own: MatchingSite, rows: Encodings, kernel: Kernel) -> NDArray[np.float32]:
+    if not len(rows):
+        return np.empty((0, 0), np.float32)
+    (part,) = own.strategy.enrol(rows, kernel.masking_seed)
+    return part.words.astype(np.float32)
+
+
+def _label(own: MatchingSite, enrolled: Enrolled, image: str, handle: str, kernel: Kernel) -> bytes:
+    (record,), number = own.cohort.records([image]), own.order.image_ids.index(image)
+    label = Label(
+        record.syndrome,
+        int(own.order.roles[number]),
+        enrolled.case(record.subject),
+        own.site if own.settings.reveal_hospital else "",
+    )
+    return seal_label(label, kernel, bytes.fromhex(handle))
+
+
+def _joined(labels: Sequence[bytes]) -> NDArray[np.uint8]:
+    return np.frombuffer(b"".join(labels), np.uint8).reshape(-1, SEALED_BYTES)
+
+
+def _pair(own: MatchingSite, images: Sequence[str]) -> tuple[str, str]:
+    """Two images for a row between them, whose similarities this site knows beforehand.
+
+    It lies near the first, a query if there is one: the server cannot tell it from a patient's, and
+    it comes back among that query's neighbours.
+    """
+    chosen = set(images)
+    queries = [i for i in own.order.image_ids[: own.order.queries] if i in chosen]
+    return secrets.choice(queries or images), secrets.choice(images)

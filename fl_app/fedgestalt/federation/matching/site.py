@@ -1,0 +1,145 @@
+"""A site in one matching job: who it is, what it was told, and what it has for it."""
+
+from __future__ import annotations
+
+import datetime as dt
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedgestalt.cohort import Cohort, ImageRecord
+from fedgestalt.contracts import MatchingStrategy, RankingStrategy
+from fedgestalt.errors import ConfigError, ServerError
+from fedgestalt.federation.job.identity import Identity, PublicIdentity, Trust
+from fedgestalt.federation.matching.holdings import KernelStore
+from fedgestalt.federation.matching.messages import (
+    Handles,
+    MatchStart,
+    handles_digest,
+    query_statement,
+)
+from fedgestalt.federation.site.settings import SiteSettings
+from fedgestalt.hooks import get_registry
+from fedgestalt.learning.device import choose_device
+from fedgestalt.learning.encoding import Encodings, encode
+from fedgestalt.learning.ensemble import Ensemble
+from fedgestalt.learning.images import load_faces
+from fedgestalt.learning.store import load_ensemble
+from fedgestalt.similarity.order import ImageOrder, image_order
+
+
+class Line(Protocol):
+    """What moves long arrays between a site and the server."""
+
+    def send(self, name: str, ticket: str, words: NDArray[np.uint32]) -> None:
+        """Upload ``words``, which the server expects under this name and ticket."""
+
+    def fetch(self, name: str, words: NDArray[np.uint32]) -> None:
+        """Download what the server offers under this name, into ``words``."""
+
+
+@dataclass
+class MatchingSite:
+    """What all parts of a site's side of one matching job work with.
+
+    Attributes:
+        site: its name.
+        job: the job's id.
+        start: what the server has said about the job.
+        settings: the site's own.
+        store: the site's folder.
+        read_cohort: reads the site's patients; not before they are wanted.
+        identity: who it is to its peers.
+        trust: whose certificates it believes.
+        strategy: how rows are compared.
+        ranking: how syndromes score.
+        counter: makes a progress callback from what it counts.
+    """
+
+    site: str
+    job: str
+    start: MatchStart
+    settings: SiteSettings
+    store: Path
+    read_cohort: Callable[[], Cohort]
+    identity: Identity
+    trust: Trust
+    strategy: MatchingStrategy
+    ranking: RankingStrategy
+    counter: Callable[[str], Callable[[int, int], None]]
+    _ensemble: Ensemble | None = field(default=None, init=False)
+
+    @functools.cached_property
+    def cohort(self) -> Cohort:
+        """The site's patients."""
+        return self.read_cohort()
+
+    @functools.cached_property
+    def order(self) -> ImageOrder:
+        """The order in which its images are sent."""
+        return image_order(self.cohort)
+
+    def check_patients(self) -> None:
+        """Raise SiteError if it has no image that such a job is about."""
+        _ = self.order
+
+    @property
+    def kernels(self) -> KernelStore:
+        """Its standing kernels."""
+        return KernelStore(self.store)
+
+    @property
+    def ensemble_folder(self) -> Path:
+        """Where the job's ensemble is, or will be."""
+        return self.store / "ensembles" / self.start.ensemble
+
+    @property
+    def has_ensemble(self) -> bool:
+        """Whether it is there."""
+        return self.ensemble_folder.is_dir()
+
+    def ensemble(self) -> Ensemble:
+        """The job's ensemble; read once.
+
+        Raises:
+            ConfigError: it is another one, or cannot be read.
+            SiteError: this site may not use its weights.
+        """
+        if self._ensemble is None:
+            ensemble, digest = load_ensemble(self.ensemble_folder, get_registry())
+            if digest != self.start.ensemble:
+                raise ConfigError(
+                    "the stored ensemble has another digest", where=str(self.ensemble_folder)
+                )
+            self.settings.check_licences(ensemble.licences)
+            self._ensemble = ensemble
+        return self._ensemble
+
+    def encode(self, records: Iterable[ImageRecord]) -> Encodings:
+        """Encodings (n, d) of these images, in their order."""
+        return encode(
+            self.ensemble(),
+            load_faces(records),
+            choose_device(self.settings.device),
+            self.store / "cache",
+            self.counter("encoding"),
+        )
+
+    def peers(self, certificates: Mapping[str, bytes]) -> dict[str, PublicIdentity]:
+        """Identities behind certificates, checked; this site's own must be its own."""
+        if certificates.get(self.site, self.identity.certificate) != self.identity.certificate:
+            raise ServerError("this site's own certificate came back altered", where=self.site)
+        now = dt.datetime.now(dt.UTC)
+        return {site: self.trust.check(site, pem, now) for site, pem in certificates.items()}
+
+    def sign_queries(self, kernel: str, queries: Handles) -> bytes:
+        """This site's signature on what it asks, for the other sites."""
+        digest = handles_digest(queries)
+        return self.identity.sign(
+            query_statement(self.job, kernel, self.site, len(queries), digest)
+        )
