@@ -27,6 +27,7 @@ from fedgestalt.similarity.gram import (
     similarities_of,
 )
 from fedgestalt.similarity.nearness import (
+    ENOUGH_SUBJECTS,
     NEIGHBOURS,
     Separation,
     calibrate,
@@ -42,7 +43,6 @@ CONTROL_NAMES: Final = frozenset({"control", "controls", "unaffected"})
 NOT_AFFECTED: Final = (
     "A similarity says how near known patients are; it does not say whether a person is affected."
 )
-_YARDSTICK_SUBJECTS: Final = 20
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,7 @@ def _nearness(
     rare = tuple({i: None for s in cohort.rare_splits for i in s.gallery + s.test})
     gallery = rows(cohort.frequent_gallery)
     yardstick = rows(cohort.validation)
-    enough = len(np.unique(subjects[yardstick])) >= _YARDSTICK_SUBJECTS
+    enough = len(np.unique(subjects[yardstick])) >= ENOUGH_SUBJECTS
     yardstick = yardstick if enough else gallery
     tests = rows(cohort.frequent_test)
     others = {

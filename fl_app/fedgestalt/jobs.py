@@ -19,6 +19,7 @@ from fedgestalt import RESEARCH_USE_ONLY
 from fedgestalt.errors import ConfigError, nearest
 from fedgestalt.hooks.registry import Registry, read_options
 from fedgestalt.learning.spec import EnsembleSpec, Spec, default_ensemble
+from fedgestalt.similarity.gram import check_one_party
 
 _META, _SERVER, _CLIENT = (
     Path("meta.json"),
@@ -177,6 +178,19 @@ class MatchingJob(JobSpec):
     released_rows: int = Field(
         default=200, ge=0, description="best rows per query; 0 releases all, for evaluations"
     )
+    yardstick_subjects: int = Field(
+        default=99,
+        ge=0,
+        le=999,
+        description="most diagnosed patients of its own with whose nearest rows a site measures"
+        " whether any known syndrome is near its queries; they count as queries; 0: none",
+    )
+    hpo_weight: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="weight of HPO terms beside faces, where sites have and release them",
+    )
     keep_gram: bool = Field(default=False, description="leave the Gram matrix at the server")
 
     def workflow_arguments(self) -> dict[str, Any]:
@@ -218,8 +232,56 @@ class GalleryJob(MatchingJob):
     kernel: Literal["standing"] = Field(default="standing", description="always standing")
 
 
+class DiscoveryJob(JobSpec):
+    """Look for groups of alike unsolved cases across hospitals."""
+
+    template: ClassVar[str] = "discover"
+    summary: ClassVar[str] = "look for groups of alike unsolved cases across hospitals"
+    workflow: ClassVar[str] = "fedgestalt.federation.matching.discovery.DiscoveryWorkflow"
+    executor: ClassVar[str] = "fedgestalt.federation.matching.finder.CaseFinder"
+
+    ensemble: str = Field(
+        default="", pattern=r"^([0-9a-f]{64})?$", description="digest of a published ensemble"
+    )
+    strategy: str = Field(
+        default="isometry",
+        description="name of a matching strategy plugin that the server computes alone",
+    )
+    level: float = Field(
+        default=0.05,
+        gt=0,
+        le=1,
+        description="groups with a q_random above it are not reported: closer than random ones",
+    )
+    search_level: float = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="groups with a p_search above it are not reported: closer than what the search"
+        " finds where there is no group",
+    )
+
+    def workflow_arguments(self) -> dict[str, Any]:
+        """See :class:`JobSpec`."""
+        return self.model_dump(mode="json")
+
+    def executor_arguments(self) -> dict[str, Any]:
+        """See :class:`JobSpec`."""
+        return {"phase_limit_seconds": self.phase_limit_seconds}
+
+    @classmethod
+    def from_arguments(
+        cls,
+        arguments: Mapping[str, Any],
+        components: Mapping[str, Mapping[str, Any]],  # noqa: ARG003
+        minimum_sites: int,  # noqa: ARG003  the workflow's own says the same
+    ) -> dict[str, Any]:
+        """See :class:`JobSpec`."""
+        return dict(arguments)
+
+
 JOBS: Mapping[str, type[JobSpec]] = {
-    job.template: job for job in (TrainingJob, MatchingJob, OnboardingJob, GalleryJob)
+    job.template: job for job in (TrainingJob, MatchingJob, OnboardingJob, GalleryJob, DiscoveryJob)
 }
 
 
@@ -280,10 +342,13 @@ def check_plugins(job: JobSpec, registry: Registry) -> None:
 
     Raises:
         PluginError: one is not installed here; server and sites will need it too.
-        ConfigError: a backbone does not take the options that the job gives it.
+        ConfigError: a backbone does not take the options that the job gives it, or the strategy
+            needs more computing parties than the job has.
     """
     if isinstance(job, MatchingJob):
         registry.matching.get(job.strategy)
+    if isinstance(job, DiscoveryJob):
+        check_one_party(registry.matching.get(job.strategy))
     if isinstance(job, TrainingJob):
         for member in job.ensemble.members:
             options = registry.backbones.get(member.backbone).options

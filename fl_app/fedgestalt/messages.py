@@ -208,6 +208,17 @@ def _integer(value: object, low: int, high: int) -> str:
     return f"is {shown}, outside {low}..{high}"
 
 
+def fraction() -> Any:
+    """Declare a field with a float in 0..1."""
+
+    def check(value: object) -> str:
+        if not isinstance(value, float):
+            return f"is {type(value).__name__}, not a float"
+        return "" if 0 <= value <= 1 else "is outside 0..1"
+
+    return _checked(check)
+
+
 def array(dtype: str, dimensions: int) -> Any:
     """Declare a field with a NumPy array of this dtype and number of axes; floats are finite."""
 

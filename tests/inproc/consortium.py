@@ -7,6 +7,7 @@ is kept for inspection.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime as dt
 import functools
 import json
@@ -41,7 +42,15 @@ from nvflare.apis.workspace import Workspace
 from nvflare.app_common.decomposers import common_decomposers
 from nvflare.fuel.utils import fobs
 
-from fedgestalt.cohort import Cohort, ImageRecord, RareSplit, Syndrome, save_jpeg, write_silos
+from fedgestalt.cohort import (
+    UNSOLVED,
+    Cohort,
+    ImageRecord,
+    RareSplit,
+    Syndrome,
+    save_jpeg,
+    write_silos,
+)
 from fedgestalt.cohort.layout import image_file
 from fedgestalt.federation.job import transfer as transfer_module
 from fedgestalt.federation.job import workflow as workflow_module
@@ -49,7 +58,9 @@ from fedgestalt.federation.job.executor import SiteExecutor
 from fedgestalt.federation.job.status import JobStatus
 from fedgestalt.federation.job.watch import SiteWatch
 from fedgestalt.federation.job.workflow import PhasedWorkflow
+from fedgestalt.federation.matching.discovery import DiscoveryWorkflow
 from fedgestalt.federation.matching.executor import FlakeMatcher
+from fedgestalt.federation.matching.finder import CaseFinder
 from fedgestalt.federation.matching.workflow import FlakeSimilarityWorkflow
 from fedgestalt.federation.site.outgoing import OutgoingGuard
 from fedgestalt.federation.training.aggregator import ZeroSumMaskAggregator
@@ -68,7 +79,7 @@ from fedgestalt.federation.training.rounds import (
 )
 from fedgestalt.federation.training.workflow import EnsembleTrainingWorkflow
 from fedgestalt.hooks import get_registry
-from fedgestalt.jobs import JobSpec, TrainingJob
+from fedgestalt.jobs import DiscoveryJob, JobSpec, TrainingJob
 from fedgestalt.learning.data import held_out_set, local_seed, training_set
 from fedgestalt.learning.ensemble import (
     SharedState,
@@ -164,8 +175,31 @@ def tiny_silos(
             frequent_test=tuple(parts["test"]),
             rare_splits=(RareSplit(*map(tuple, halves)), RareSplit(*map(tuple, halves[::-1]))),
         )
+        silos[site] = dataclasses.replace(silos[site], unsolved=_unsolved(folder, site, sites))
     write_silos(silos, folder / "hospitals")
     return silos
+
+
+HIDDEN_GROUPS = 2
+"""Of unsolved cases that look the same, one at each site."""
+
+
+def _unsolved(folder: Path, site: str, sites: Sequence[str]) -> dict[str, ImageRecord]:
+    """A site's unsolved cases: one of each hidden group, and some who are like nobody else."""
+    number = list(sites).index(site)
+    shared, own = np.random.default_rng(7), np.random.default_rng([8, number])
+    looks = list(shared.uniform(20, 235, (HIDDEN_GROUPS, 4, 4, 3)))
+    looks += list(own.uniform(20, 235, (18 // len(sites), 4, 4, 3)))
+    images = {}
+    for person, look in enumerate(looks):
+        for shot in range(1 + (person == 0)):
+            image_id = f"UNSOLVED-IMAGE-{number}{person:02d}-{shot}"
+            pixels = np.kron(look, np.ones((28, 28, 1))) + own.normal(0, 6, (112, 112, 3))
+            place = image_file(folder / "sources", image_id)
+            save_jpeg(place, np.clip(pixels, 0, 255).astype(np.uint8))
+            subject = f"UNSOLVED-SUBJECT-{number}{person:02d}"
+            images[image_id] = ImageRecord(image_id, subject, UNSOLVED, place)
+    return images
 
 
 @dataclass
@@ -948,4 +982,6 @@ def _parts(
         parts = {"aggregator": ZeroSumMaskAggregator(**job.component_arguments()["aggregator"])}
         controller = (workflow or EnsembleTrainingWorkflow)(**arguments)
         return controller, lambda: EnsembleTrainer(**own), parts
+    if isinstance(job, DiscoveryJob):
+        return (workflow or DiscoveryWorkflow)(**arguments), CaseFinder, {}
     return (workflow or FlakeSimilarityWorkflow)(**arguments), FlakeMatcher, {}

@@ -189,7 +189,8 @@ def test_replies_hold_nothing_but_the_agreed_fields(both_jobs: BothJobs) -> None
         "fgm_kernel_seal": {"schema", "boxes"},
         "fgm_kernel_agree": {"schema", "kernel"},
         "fgm_enrol": {
-            *("schema", "kernel", "removed", "rows", "handles", "labels", "queries", "signature")
+            *("schema", "kernel", "removed", "rows", "handles", "labels", "queries", "yardstick"),
+            "signature",
         },
         "fgm_consider": {"schema", "kernel", "signature"},
         "fgm_rank": {"schema", "kernel"},
@@ -294,6 +295,7 @@ def test_a_released_row_does_not_say_which_site_holds_it(both_jobs: BothJobs) ->
     for fields in released:
         assert set(fields) == {
             *("schema", "handles", "labels", "columns", "scores"),
+            *("yardstick_columns", "yardstick_scores"),
             *("withdrawn", "consents", "certificates"),
         }
 

@@ -11,13 +11,14 @@ from fedgestalt.cohort.encodings import (
 from fedgestalt.cohort.gmdb import read_cohort, write_cohort
 from fedgestalt.cohort.images import load_image, read_photograph, save_jpeg
 from fedgestalt.cohort.layout import image_file
-from fedgestalt.cohort.records import Cohort, ImageRecord, RareSplit, Syndrome
+from fedgestalt.cohort.records import UNSOLVED, Cohort, ImageRecord, RareSplit, Syndrome
 from fedgestalt.cohort.simple import import_csv
 from fedgestalt.cohort.splits import STRATEGIES, split_cohort, write_silos
 from fedgestalt.cohort.tables import Finding
 
 __all__ = [
     "STRATEGIES",
+    "UNSOLVED",
     "Cohort",
     "EncodingPart",
     "EncodingTable",

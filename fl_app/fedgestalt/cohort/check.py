@@ -28,7 +28,7 @@ def check_cohort(root: Path) -> list[Finding]:
         found = scan(root, findings.append)
     except DataError as error:
         return [*findings, Finding("error", error.where, None, error.what, error.remedy)]
-    listings, cohort = found.first_listings(), found.cohort()
+    listings, cohort = {**found.first_listings(), **found.unsolved}, found.cohort()
     findings += _image_findings(cohort, listings)
     findings += _diagnosis_findings(cohort, listings)
     return findings
@@ -36,7 +36,7 @@ def check_cohort(root: Path) -> list[Finding]:
 
 def _image_findings(cohort: Cohort, listings: dict[str, Listing]) -> Iterator[Finding]:
     seen: dict[bytes, Listing] = {}
-    for image_id, record in cohort.images.items():
+    for image_id, record in {**cohort.images, **cohort.unsolved}.items():
         row = listings[image_id]
         try:
             pixels = load_image(record)

@@ -17,6 +17,8 @@ from fedgestalt.cohort.layout import (
     METADATA,
     METADATA_COLUMNS,
     SYNDROME_COLUMNS,
+    UNSOLVED_COLUMNS,
+    UNSOLVED_FILE,
     image_file,
 )
 from fedgestalt.cohort.records import Cohort, ImageRecord
@@ -48,7 +50,7 @@ def write_cohort(cohort: Cohort, target: Path) -> None:
         DataError: an image is missing, an image id or the version is no plain name, or ``target``
             cannot be written.
     """
-    if not all(is_plain_name(name) for name in (cohort.version, *cohort.images)):
+    if not all(is_plain_name(name) for name in (cohort.version, *cohort.images, *cohort.unsolved)):
         raise DataError(
             "the version or an image id is not a plain name",
             where=cohort.name,
@@ -58,7 +60,7 @@ def write_cohort(cohort: Cohort, target: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (target / IMAGES).mkdir(exist_ok=True)
-        for record in cohort.images.values():
+        for record in (*cohort.images.values(), *cohort.unsolved.values()):
             _link(record.path, image_file(target, record.image_id))
         _write_listings(cohort, folder)
         _write_syndromes(cohort, folder)
@@ -108,6 +110,10 @@ def _write_listings(cohort: Cohort, folder: Path) -> None:
         ]
         path = folder / f"gmdb_{kind}_images_{cohort.version}.csv"
         write_table(path, (*IMAGE_COLUMNS, "split"), numbered)
+    if cohort.unsolved:
+        unsolved = [(r.image_id, r.subject) for r in cohort.unsolved.values()]
+        path = folder / f"gmdb_{UNSOLVED_FILE}_images_{cohort.version}.csv"
+        write_table(path, UNSOLVED_COLUMNS, unsolved)
 
 
 def _write_syndromes(cohort: Cohort, folder: Path) -> None:
@@ -130,12 +136,13 @@ def _write_syndromes(cohort: Cohort, folder: Path) -> None:
 
 def _write_metadata(cohort: Cohort, folder: Path) -> None:
     rows = []
-    for record in cohort.images.values():
+    for record in (*cohort.images.values(), *cohort.unsolved.values()):
+        syndrome = cohort.syndromes.get(record.syndrome)
         cells = dict(record.facts) | {
             "image_id": record.image_id,
             "patient_id": record.subject,
-            "internal_syndrome_id": str(record.syndrome),
-            "internal_syndrome_name": cohort.syndromes[record.syndrome].name,
+            "internal_syndrome_id": str(syndrome.id) if syndrome else "",
+            "internal_syndrome_name": syndrome.name if syndrome else "",
             "present_features": ";".join(record.hpo),
         }
         rows.append([cells.get(column, "") for column in METADATA_COLUMNS])

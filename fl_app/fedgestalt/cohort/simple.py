@@ -1,8 +1,8 @@
 """Make a cohort folder from one CSV and a folder of photographs.
 
-The CSV has the columns ``image`` (path relative to the CSV), ``subject``, ``syndrome`` (its id)
-and, if wanted, ``hpo`` (ids joined by semicolons). File names, which often hold names of patients,
-are not carried over: images get numbers.
+The CSV has the columns ``image`` (path relative to the CSV), ``subject``, ``syndrome`` (its id, or
+``unsolved`` for a patient without a diagnosis) and, if wanted, ``hpo`` (ids joined by semicolons).
+File names, which often hold names of patients, are not carried over: images get numbers.
 """
 
 from __future__ import annotations
@@ -13,12 +13,14 @@ from pathlib import Path
 from fedgestalt.cohort.gmdb import write_cohort
 from fedgestalt.cohort.images import read_photograph, save_jpeg
 from fedgestalt.cohort.layout import IMAGES, image_file
-from fedgestalt.cohort.records import Cohort, ImageRecord, RareSplit, Syndrome
+from fedgestalt.cohort.records import UNSOLVED, Cohort, ImageRecord, RareSplit, Syndrome
 from fedgestalt.cohort.tables import Finding, Row, raise_errors, read_table
 from fedgestalt.contracts import Pixels
 from fedgestalt.errors import DataError
 
 COLUMNS = ("image", "subject", "syndrome")
+UNSOLVED_WORD = "unsolved"
+_WRITE = f"write its id, or {UNSOLVED_WORD}"
 
 
 def import_csv(
@@ -32,7 +34,8 @@ def import_csv(
 ) -> Cohort:
     """Align the photographs of ``table`` into ``target``, a folder in GMDB layout.
 
-    All images become gallery: of frequent syndromes for training, of rare ones as one rare split.
+    All images of diagnosed patients become gallery: of frequent syndromes for training, of rare
+    ones as one rare split.
 
     Args:
         table: the CSV.
@@ -46,6 +49,7 @@ def import_csv(
         DataError: the first row that cannot be used.
     """
     records: dict[str, ImageRecord] = {}
+    unsolved: dict[str, ImageRecord] = {}
     try:
         (target / IMAGES).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -57,19 +61,22 @@ def import_csv(
     for number, row in read_table(table, table.name, COLUMNS, raise_errors):
         image_id = f"{number - 1:06d}"
         try:
-            syndrome = int(row["syndrome"])
-            if syndromes is not None and syndrome not in syndromes:
+            is_unsolved = row["syndrome"].lower() == UNSOLVED_WORD
+            syndrome = UNSOLVED if is_unsolved else int(row["syndrome"])
+            if syndromes is not None and not is_unsolved and syndrome not in syndromes:
                 raise DataError(f"syndrome {syndrome} is not in the label map")
             pixels = align(read_photograph(_photograph(table.parent, row)))
         except ValueError:
-            raise _fault(table, number, "syndrome is no integer", "write its id") from None
+            raise _fault(table, number, "syndrome is no integer", _WRITE) from None
         except DataError as error:
             raise _fault(table, number, error.what, error.remedy) from None
         place = image_file(target, image_id)
         save_jpeg(place, pixels)
         hpo = tuple(term.strip() for term in row.get("hpo", "").split(";") if term.strip())
-        records[image_id] = ImageRecord(image_id, row["subject"], syndrome, place, hpo)
-    if not records:
+        record = ImageRecord(image_id, row["subject"], syndrome, place, hpo)
+        (unsolved if is_unsolved else records)[image_id] = record
+    _check_unsolved(table, records, unsolved)
+    if not records and not unsolved:
         raise DataError("no row", where=table.name, remedy="list at least one photograph")
     if syndromes is None:
         present = sorted({record.syndrome for record in records.values()})
@@ -85,9 +92,21 @@ def import_csv(
         classes=classes,
         train=tuple(i for i in records if i not in rare),
         rare_splits=(RareSplit(rare, ()),) if rare else (),
+        unsolved=unsolved,
     )
     write_cohort(cohort, target)
     return cohort
+
+
+def _check_unsolved(
+    table: Path, records: Mapping[str, ImageRecord], unsolved: Mapping[str, ImageRecord]
+) -> None:
+    """Image ids are row numbers: raise DataError for the first subject that is both."""
+    diagnosed = {record.subject for record in records.values()}
+    for image_id, record in unsolved.items():
+        if record.subject in diagnosed:
+            what = "the subject of this unsolved image has a syndrome in another row"
+            raise _fault(table, int(image_id) + 1, what, "give all images of a subject the same")
 
 
 def _photograph(folder: Path, row: Row) -> Path:

@@ -54,6 +54,8 @@ def split_cohort(
         seed: the same seed deals in the same way.
         alpha: concentration for ``dirichlet``: the smaller, the more unequal.
 
+    Unsolved cases go round the sites, whatever the strategy.
+
     Returns:
         A cohort for each site, in the order of ``sites``. Images stay where they are.
 
@@ -74,6 +76,8 @@ def split_cohort(
         raise ConfigError(f"seed {seed} is negative", remedy="choose 0 or more")
     rng = np.random.default_rng(seed)
     dealt = _STRATEGIES[strategy](subjects, len(sites), alpha, rng)
+    names = sorted({record.subject for record in cohort.unsolved.values()})
+    dealt |= {names[n]: turn % len(sites) for turn, n in enumerate(rng.permutation(len(names)))}
     idle = set(range(len(sites))) - {dealt[s.name] for s in subjects if s.role == "train"}
     if idle:
         raise DataError(
@@ -242,4 +246,5 @@ def _silo(cohort: Cohort, site: str, dealt: _Dealt, index: int) -> Cohort:
         validation=here(cohort.validation),
         frequent_test=here(cohort.frequent_test),
         rare_splits=rare if any(split.gallery or split.test for split in rare) else (),
+        unsolved={i: r for i, r in cohort.unsolved.items() if dealt[r.subject] == index},
     )

@@ -7,10 +7,12 @@ from typing import Final
 
 from fedgestalt.federation.job.handshake import Present
 from fedgestalt.federation.matching.messages import (
+    Cases,
     Computed,
     Consent,
     Enrolment,
     EnsembleSent,
+    GroupsKept,
     HandedOver,
     Holdings,
     KernelReady,
@@ -34,6 +36,7 @@ TAKE_OVER = "fgm_kernel_take_over"
 ENROL, CONSIDER, RANK = "fgm_enrol", "fgm_consider", "fgm_rank"
 ENROL_SHARES, COMPUTE = "fgm_enrol_shares", "fgm_compute"
 RANK_SHARES = "fgm_rank_shares"
+CASES, GROUPS = "fgm_cases", "fgm_groups"
 
 ANSWERS: Final[Mapping[str, type[Message]]] = {
     JOIN: Present,
@@ -59,6 +62,8 @@ ANSWERS: Final[Mapping[str, type[Message]]] = {
     ENROL_SHARES: SharedEnrolment,
     COMPUTE: Computed,
     RANK_SHARES: Ranked,
+    CASES: Cases,
+    GROUPS: GroupsKept,
 }
 
 PHASES: Final[Mapping[str, str]] = {
@@ -85,5 +90,7 @@ PHASES: Final[Mapping[str, str]] = {
     ENROL_SHARES: "the sites encode their patients",
     COMPUTE: "two sites compute on shares",
     RANK_SHARES: "the sites rank their patients",
+    CASES: "the sites encode their unsolved cases",
+    GROUPS: "the sites keep the groups that hold a case of theirs",
 }
 """What each task is about, for people."""

@@ -51,7 +51,8 @@ def check_one_party(strategy: MatchingStrategy) -> None:
     if len(strategy.roles) != 1:
         raise ConfigError(
             f"strategy {strategy.name!r} needs {len(strategy.roles)} computing parties; here the"
-            " server compares alone"
+            " server compares alone",
+            remedy="choose a strategy that has one",
         )
 
 

@@ -2,7 +2,9 @@
 
 All ciphertexts have one length and a random nonce, so that not even the equality of two labels
 shows. A label is bound to its handle and its kernel: the server cannot move it to another row
-without notice. Which hospital the image belongs to stands in it only if that hospital wants it to.
+without notice. Which hospital the image belongs to, and which terms of the Human Phenotype Ontology
+the patient shows, stand in it only if that hospital wants them to; whether, and how many, does not
+show.
 """
 
 from __future__ import annotations
@@ -22,7 +24,10 @@ CASE_BYTES = 16
 PLANTED = 1 << 31
 """Role bit: no patient's row, but one whose similarities its site knows beforehand."""
 _HOSPITAL_BYTES = 64
-_PLAIN = struct.Struct(f"<iI{CASE_BYTES}s{_HOSPITAL_BYTES}s")
+MAXIMUM_TERMS = 64
+"""HPO terms in one label; a patient with more is known by the first of them."""
+_PLAIN = struct.Struct(f"<iI{CASE_BYTES}s{_HOSPITAL_BYTES}s{MAXIMUM_TERMS}I")
+_TERM_PREFIX = "HP:"
 _NONCE_BYTES = 12
 SEALED_BYTES = _NONCE_BYTES + _PLAIN.size + 16
 
@@ -37,12 +42,14 @@ class Label:
         case: random, the same for all images of one patient under one kernel; only the hospital
             knows whose it is.
         hospital: its name, if it lets others know; empty otherwise.
+        hpo: terms such as ``HP:0000154``, if it lets others know; at most ``MAXIMUM_TERMS``.
     """
 
     syndrome: int
     roles: int
     case: bytes = bytes(CASE_BYTES)
     hospital: str = ""
+    hpo: tuple[str, ...] = ()
 
 
 def new_handle() -> bytes:
@@ -54,7 +61,9 @@ def seal_label(label: Label, kernel: Kernel, handle: bytes) -> bytes:
     """Encrypt ``label`` for all sites that hold ``kernel``; ``SEALED_BYTES`` long."""
     nonce = os.urandom(_NONCE_BYTES)
     hospital = label.hospital.encode()[:_HOSPITAL_BYTES]
-    plain = _PLAIN.pack(label.syndrome, label.roles, label.case, hospital)
+    terms = [int(term.removeprefix(_TERM_PREFIX)) for term in label.hpo[:MAXIMUM_TERMS]]
+    terms += [0] * (MAXIMUM_TERMS - len(terms))
+    plain = _PLAIN.pack(label.syndrome, label.roles, label.case, hospital, *terms)
     cipher = ChaCha20Poly1305(kernel.label_key)
     return nonce + cipher.encrypt(nonce, plain, _context(kernel, handle))
 
@@ -72,9 +81,11 @@ def open_label(sealed: bytes, kernel: Kernel, handle: bytes) -> Label:
         raise ServerError(
             "a sealed label does not open: it was altered or moved to another row", where="server"
         ) from None
-    syndrome, roles, case, hospital = _PLAIN.unpack(plain)
-    return Label(syndrome, roles, case, hospital.rstrip(b"\0").decode(errors="ignore"))
+    syndrome, roles, case, hospital, *terms = _PLAIN.unpack(plain)
+    name = hospital.rstrip(b"\0").decode(errors="ignore")
+    hpo = tuple(f"{_TERM_PREFIX}{term:07d}" for term in terms if term)
+    return Label(syndrome, roles, case, name, hpo)
 
 
 def _context(kernel: Kernel, handle: bytes) -> bytes:
-    return b"|".join((b"fedgestalt label/1", kernel.id.encode(), handle))
+    return b"|".join((b"fedgestalt label/2", kernel.id.encode(), handle))

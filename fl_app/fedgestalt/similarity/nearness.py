@@ -24,6 +24,9 @@ from fedgestalt.errors import DataError
 from fedgestalt.similarity.ranking import Floats
 
 NEIGHBOURS: Final = 3
+ENOUGH_SUBJECTS: Final = 20
+"""With as many, a yardstick of images apart (``validation``) is taken; level 0.05 needs 19."""
+LEVEL: Final = 0.05
 
 
 @dataclass(frozen=True)
@@ -142,7 +145,7 @@ class Separation:
     others: int
 
 
-def measure_separation(known: Floats, others: Floats, level: float = 0.05) -> Separation:
+def measure_separation(known: Floats, others: Floats, level: float = LEVEL) -> Separation:
     """Compare the p-values of queries with known syndromes and of others.
 
     Args:

@@ -22,6 +22,7 @@ from fedgestalt.federation.matching.messages import (
 from fedgestalt.federation.matching.results import (
     Queries,
     QueryLedger,
+    Yardstick,
     forget,
     write_matches,
     write_receipt,
@@ -58,8 +59,9 @@ def consider(
         statement = query_statement(own.job, kernel.id, site, query.count, query.digest)
         peers[site].verify(statement, query.signature)
         own.settings.check_queries(site, query.count, ledger.today(site, own.job))
-    asked = message.queries.get(own.site, Query(0, handles_digest(rows.queries[:0]), b"-"))
-    if (asked.count, asked.digest) != (len(rows.queries), handles_digest(rows.queries)):
+    mine = rows.all_asked
+    asked = message.queries.get(own.site, Query(0, handles_digest(mine[:0]), b"-"))
+    if (asked.count, asked.digest) != (len(mine), handles_digest(mine)):
         raise ServerError("this site's queries came back altered", where=own.site)
     for site, query in sorted(message.queries.items()):
         if query.count:
@@ -72,15 +74,18 @@ def consider(
     return Consent(kernel.id, own.identity.sign(statement)), announced
 
 
-def opened_shares(sharing: SharingSite, message: Answers) -> ReleasedRows:
+def opened_shares(sharing: SharingSite, rows: OwnRows, message: Answers) -> ReleasedRows:
     """All rows and their scores, where several parties have computed them."""
     scores = sharing.open(message)
-    columns = np.argsort(-scores, axis=1, kind="stable")
+    columns = np.argsort(-scores, axis=1, kind="stable").astype(np.int32)
+    scores, queries = np.take_along_axis(scores, columns, 1), len(rows.queries)
     return ReleasedRows(
         message.handles,
         message.labels,
-        columns.astype(np.int32),
-        np.take_along_axis(scores, columns, 1),
+        columns[:queries],
+        scores[:queries],
+        columns[queries:],
+        scores[queries:],
         np.empty((0, HANDLE_BYTES), np.uint8),
         {},
         {},
@@ -94,11 +99,12 @@ def keep_ranks(own: MatchingSite, kernel: Kernel, rows: OwnRows, released: Relea
         ServerError: it is not what this site asked, or not right where this site knows better.
         PeerError: a signature on what is withdrawn is wrong.
     """
-    released.check(len(rows.queries), from_server)
+    released.check(len(rows.queries), len(rows.yardstick), from_server)
     _check_planted(rows, released)
     if rows.withdrawn:
         _check_receipt(own, kernel, rows, released)
     if len(rows.queries):
+        typical = [rows.enrolled.images[h.tobytes().hex()][0] for h in rows.yardstick]
         write_matches(
             own.store,
             own.job,
@@ -109,11 +115,17 @@ def keep_ranks(own: MatchingSite, kernel: Kernel, rows: OwnRows, released: Relea
                 [record.subject for record in own.cohort.records(images)],
                 own.order.syndromes[rows.asked],
                 own.order.roles[rows.asked],
+                [record.hpo for record in own.cohort.records(images)],
+            ),
+            Yardstick(
+                [rows.enrolled.case(own.cohort.images[image].subject).hex() for image in typical],
+                not set(typical) <= set(own.cohort.validation),
             ),
             {handle: image for handle, (image, _) in rows.enrolled.images.items()},
             released,
             open_labels(released, kernel),
             own.ranking,
+            own.start.hpo_weight,
         )
     if own.start.standing:
         own.kernels.retire_older_than(kernel)
@@ -140,12 +152,15 @@ def _check_planted(rows: OwnRows, released: ReleasedRows) -> None:
     """
     own = [rows.places.get(handle.tobytes().hex(), -1) for handle in released.handles]
     places = np.array(own, np.int64)
-    for query, handle in enumerate(rows.queries):
+    came = [
+        *zip(released.columns, released.scores, strict=True),
+        *zip(released.yardstick_columns, released.yardstick_scores, strict=True),
+    ]
+    for handle, (columns, scores) in zip(rows.all_asked, came, strict=True):
         mine = rows.places[handle.tobytes().hex()]
-        found = places[released.columns[query]]
+        found = places[columns]
         known = np.flatnonzero(found >= 0)
         right = rows.encodings[found[known]] @ rows.encodings[mine]
-        scores = released.scores[query]
         missing = mine not in found and (not len(scores) or scores.min() < 1 - _TOLERANCE)
         if missing or np.abs(scores[known] - right).max(initial=0) > _TOLERANCE:
             raise ServerError(

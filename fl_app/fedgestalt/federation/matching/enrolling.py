@@ -6,9 +6,10 @@ server which swaps rows or makes scores up is found out.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -30,12 +31,14 @@ from fedgestalt.learning.encoding import Encodings
 from fedgestalt.similarity.kernel import Kernel
 from fedgestalt.similarity.labels import (
     HANDLE_BYTES,
+    MAXIMUM_TERMS,
     PLANTED,
     SEALED_BYTES,
     Label,
     new_handle,
     seal_label,
 )
+from fedgestalt.similarity.nearness import ENOUGH_SUBJECTS
 
 _PLANTED_ROWS: Final = 2
 _PLANTED_WEIGHT: Final = 0.25
@@ -51,6 +54,8 @@ class OwnRows:
         places: row of ``encodings``, by handle (hexadecimal).
         asked: (q,) what it asks about, as numbers in the site's image order.
         queries: handles of the same.
+        yardstick: handles of images of its diagnosed patients, one for each; with their nearest
+            rows it measures how far such patients are from each other.
         withdrawn: image by handle, of the rows that it takes back.
     """
 
@@ -59,7 +64,17 @@ class OwnRows:
     places: dict[str, int]
     asked: NDArray[np.int64]
     queries: Handles
+    yardstick: Handles
     withdrawn: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def all_asked(self) -> Handles:
+        """Handles of queries and yardstick."""
+        return np.concatenate([self.queries, self.yardstick])
+
+    def encodings_of(self, handles: Handles) -> Encodings:
+        """Encodings of these rows."""
+        return self.encodings[[self.places[handle.tobytes().hex()] for handle in handles]]
 
 
 def enrol_rows(own: MatchingSite, kernel: Kernel, message: Enrol) -> tuple[OwnRows, Enrolment]:
@@ -105,16 +120,18 @@ def enrol_rows(own: MatchingSite, kernel: Kernel, message: Enrol) -> tuple[OwnRo
         places,
         np.array(asked, np.int64),
         stacked([handle_of[ids[number]] for number in asked]),
+        stacked(_yardstick(own, handle_of) if message.ask else []),
         withdrawn,
     )
     return rows, Enrolment(
         kernel.id,
         stacked(removed),
-        _masked(own, rows.encodings[[places[handle] for handle in new]], kernel),
+        masked_rows(own, rows.encodings[[places[handle] for handle in new]], kernel),
         stacked(new),
-        _joined(labels),
+        joined_labels(labels),
         rows.queries,
-        own.sign_queries(kernel.id, rows.queries),
+        rows.yardstick,
+        own.sign_queries(kernel.id, rows.all_asked),
     )
 
 
@@ -140,28 +157,36 @@ def enrol_shares(
         {handle_of[image]: place for place, image in enumerate(images)},
         np.array(asked, np.int64),
         stacked([handle_of[ids[number]] for number in asked]),
+        stacked(_yardstick(own, handle_of) if message.ask else []),
     )
-    queries = rows.encodings[[rows.places[h.tobytes().hex()] for h in rows.queries]]
+    queries = rows.encodings_of(rows.all_asked)
     parts, boxes = sharing.enrol(rows.encodings, queries, kernel.masking_seed)
     return rows, SharedEnrolment(
         kernel.id,
         stacked(list(handle_of.values())),
-        _joined([_label(own, enrolled, i, handle_of[i], kernel) for i in images]),
+        joined_labels([_label(own, enrolled, i, handle_of[i], kernel) for i in images]),
         rows.queries,
-        own.sign_queries(kernel.id, rows.queries),
+        rows.yardstick,
+        own.sign_queries(kernel.id, rows.all_asked),
         parts,
         boxes,
     )
 
 
 def wanted_images(own: MatchingSite) -> dict[str, str]:
-    """Digest of each image's file, of the images that the site's policy lets it enrol."""
+    """What the site's policy lets it enrol: by image, a digest of its file and of what is told.
+
+    Where one of them changes (a better crop, another diagnosis, another policy), the row is sent
+    anew.
+    """
     least = own.settings.minimum_images_per_syndrome
     common = {s for s, n in own.cohort.images_per_syndrome().items() if n >= least}
     return {
-        image: hashlib.sha256(record.path.read_bytes()).hexdigest()
-        for image, record in own.cohort.images.items()
-        if record.syndrome in common
+        image: hashlib.sha256(
+            own.cohort.images[image].path.read_bytes() + repr(_told(own, image, number)).encode()
+        ).hexdigest()
+        for number, image in enumerate(own.order.image_ids)
+        if own.cohort.images[image].syndrome in common
     }
 
 
@@ -184,7 +209,28 @@ def _asked(own: MatchingSite, images: Sequence[str]) -> list[int]:
     return [number for number, image in enumerate(ids) if image in chosen]
 
 
-def _masked(own: MatchingSite, rows: Encodings, kernel: Kernel) -> NDArray[np.float32]:
+def _yardstick(own: MatchingSite, handle_of: Mapping[str, str]) -> list[str]:
+    """Handles of one image each of the site's diagnosed patients, as many as the job allows.
+
+    Images that the ensemble trained on lie closer together than any new one; where there are enough
+    others they are taken alone. Handles are random, and the same in all jobs under one kernel: to
+    take the first of them is a draw that asks for nothing new in later jobs.
+    """
+    cohort, asked = own.cohort, {*own.order.image_ids[: own.order.queries]}
+    gallery = {*cohort.frequent_gallery}
+    gallery |= {image for split in cohort.rare_splits[:1] for image in split.gallery}
+    for images in (set(cohort.validation), gallery):
+        handles: dict[str, str] = {}
+        for image in (images & handle_of.keys()) - asked:
+            subject = cohort.images[image].subject
+            handles[subject] = min(handle_of[image], handles.get(subject, handle_of[image]))
+        if len(handles) >= ENOUGH_SUBJECTS:
+            break
+    return sorted(handles.values())[: own.start.yardstick]
+
+
+def masked_rows(own: MatchingSite, rows: Encodings, kernel: Kernel) -> NDArray[np.float32]:
+    """Rows (n, k) as the server alone compares them."""
     if not len(rows):
         return np.empty((0, 0), np.float32)
     (part,) = own.strategy.enrol(rows, kernel.masking_seed)
@@ -192,17 +238,24 @@ def _masked(own: MatchingSite, rows: Encodings, kernel: Kernel) -> NDArray[np.fl
 
 
 def _label(own: MatchingSite, enrolled: Enrolled, image: str, handle: str, kernel: Kernel) -> bytes:
-    (record,), number = own.cohort.records([image]), own.order.image_ids.index(image)
-    label = Label(
+    told = _told(own, image, own.order.image_ids.index(image))
+    case = enrolled.case(own.cohort.images[image].subject)
+    return seal_label(dataclasses.replace(told, case=case), kernel, bytes.fromhex(handle))
+
+
+def _told(own: MatchingSite, image: str, number: int) -> Label:
+    """What other sites are told of an image, beside whose it is."""
+    record, may = own.cohort.images[image], own.settings
+    return Label(
         record.syndrome,
         int(own.order.roles[number]),
-        enrolled.case(record.subject),
-        own.site if own.settings.reveal_hospital else "",
+        hospital=own.site if may.reveal_hospital else "",
+        hpo=record.hpo[:MAXIMUM_TERMS] if may.release_hpo_terms else (),
     )
-    return seal_label(label, kernel, bytes.fromhex(handle))
 
 
-def _joined(labels: Sequence[bytes]) -> NDArray[np.uint8]:
+def joined_labels(labels: Sequence[bytes]) -> NDArray[np.uint8]:
+    """Sealed labels (n, ``SEALED_BYTES``)."""
     return np.frombuffer(b"".join(labels), np.uint8).reshape(-1, SEALED_BYTES)
 
 

@@ -8,6 +8,7 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from fedgestalt.contracts import MatchingStrategy
 from fedgestalt.errors import ServerError, SiteError
 from fedgestalt.federation import tasks
 from fedgestalt.federation.job.executor import Handler, SiteExecutor
@@ -17,9 +18,9 @@ from fedgestalt.federation.matching.answers import consider, keep_ranks, opened_
 from fedgestalt.federation.matching.enrolling import OwnRows, enrol_rows, enrol_shares
 from fedgestalt.federation.matching.exchange import KernelSite
 from fedgestalt.federation.matching.messages import (
+    GALLERY,
     MATCH,
     ONBOARD,
-    PURPOSES,
     Agree,
     Answers,
     Ask,
@@ -60,6 +61,7 @@ class FlakeMatcher(SiteExecutor):
     """
 
     template: ClassVar[str] = MATCH
+    purposes: ClassVar[tuple[str, ...]] = (MATCH, ONBOARD, GALLERY)
 
     def __init__(self, phase_limit_seconds: float = 3600.0) -> None:
         super().__init__()
@@ -93,21 +95,14 @@ class FlakeMatcher(SiteExecutor):
 
     def _join(self, fields: object) -> Present:
         start = MatchStart.from_fields(fields, from_server)
-        if start.purpose not in PURPOSES:
+        if start.purpose not in self.purposes:
             raise ServerError(f"it asks for {start.purpose!r}, which is no job", where=self.site)
         self.settings.check_job(start.purpose)
         self.settings.check_roster(self.site, start.roster)
         self.settings.check_strategy(start.strategy)
-        self.settings.check_release(start.released_rows)
         registry = get_registry()
         strategy = registry.matching.entry(start.strategy)
-        if len(strategy.plugin.roles) > 1:
-            self.settings.check_release(ALL_ROWS)  # an asking site gets the scores of all rows
-            if start.standing:
-                raise SiteError(
-                    f"strategy {start.strategy!r} has no standing gallery",
-                    remedy="submit the job with kernel=session",
-                )
+        self.check_start(start, strategy.plugin)
         own = MatchingSite(
             self.site,
             self.job,
@@ -128,8 +123,20 @@ class FlakeMatcher(SiteExecutor):
                 facts |= versions(map(registry.backbones.entry, ensemble.backbones))
         facts["label map"] = own.cohort.label_map_digest
         own.check_patients()
+        own.check_terms()
         self._matching, self._kernel_site = own, KernelSite(own, _Line(self, self._limit))
         return present(facts, certificate=self.identity.certificate)
+
+    def check_start(self, start: MatchStart, strategy: MatchingStrategy) -> None:
+        """Raise FedgestaltError if this site does not release what the job asks for."""
+        self.settings.check_release(start.released_rows)
+        if len(strategy.roles) > 1:
+            self.settings.check_release(ALL_ROWS)  # an asking site gets the scores of all rows
+            if start.standing:
+                raise SiteError(
+                    f"strategy {start.strategy!r} has no standing gallery",
+                    remedy="submit the job with kernel=session",
+                )
 
     def _hold(self, fields: object) -> Holdings:
         Ask.from_fields(fields, from_server)
@@ -192,7 +199,8 @@ class FlakeMatcher(SiteExecutor):
         return Computed(self._shares.compute(message, self._announced))
 
     def _rank_shares(self, fields: object) -> Ranked:
-        released = opened_shares(self._shares, Answers.from_fields(fields, from_server))
+        message = Answers.from_fields(fields, from_server)
+        released = opened_shares(self._shares, self._rows, message)
         return keep_ranks(self._own, self._kernel.current, self._rows, released)
 
     # what is at hand

@@ -138,6 +138,11 @@ class KernelStore:
         write_privately(self._folder / name, content)
 
 
+def write_json_privately(target: Path, content: Mapping[str, object]) -> None:
+    """Replace a JSON file by one that only the site's user reads."""
+    write_privately(target, json.dumps(content, indent=1).encode())
+
+
 def write_privately(target: Path, content: bytes) -> None:
     """Replace a file by one that only the site's user reads."""
     target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)

@@ -15,6 +15,7 @@ from fedgestalt.messages import (
     Fault,
     Message,
     array,
+    fraction,
     hexadecimal,
     integer,
     message,
@@ -34,11 +35,13 @@ from fedgestalt.similarity.kernel import (
 )
 from fedgestalt.similarity.labels import HANDLE_BYTES, SEALED_BYTES
 
-MATCH, ONBOARD, GALLERY = "match", "onboard", "gallery"
-PURPOSES: Final = (MATCH, ONBOARD, GALLERY)
+MATCH, ONBOARD, GALLERY, DISCOVER = "match", "onboard", "gallery", "discover"
 """What a matching job is for: also the names of the job templates, which a site's policy lists."""
 
 KERNEL_DIGITS: Final = 32
+YARDSTICK_ROWS: Final = 32
+"""Best rows that a site gets for each of its yardstick's images."""
+MAXIMUM_YARDSTICK: Final = 999
 _ROW_LIMIT = 2**31
 _SIGNATURE_LIMIT = 1024
 _WORDS_LIMIT = 2**32
@@ -52,7 +55,7 @@ class MatchStart(Message):
     """Server to sites: the facts of a job.
 
     Attributes:
-        purpose: one of :data:`PURPOSES`.
+        purpose: ``match``, ``onboard``, ``gallery`` or ``discover``.
         roster: all sites.
         ensemble: digest of the model that encodes.
         strategy: name of the matching strategy.
@@ -60,9 +63,11 @@ class MatchStart(Message):
         released_rows: best rows per query; 0 asks for an evaluation release, every row for every
             query.
         standing: whether kernel and gallery outlive the job (1) or not (0).
+        yardstick: most diagnosed subjects of its own with which a site measures what is near.
+        hpo_weight: of HPO terms beside faces, in the ranks.
     """
 
-    schema: ClassVar[str] = "fedgestalt.matching.start/2"
+    schema: ClassVar[str] = "fedgestalt.matching.start/3"
     purpose: str = word(20)
     roster: tuple[str, ...] = several(text(), MAXIMUM_SITES)
     ensemble: str = hexadecimal()
@@ -70,6 +75,8 @@ class MatchStart(Message):
     ranking: str = word(64)
     released_rows: int = integer(0, _ROW_LIMIT)
     standing: int = integer(0, 1)
+    yardstick: int = integer(0, MAXIMUM_YARDSTICK)
+    hpo_weight: float = fraction()
 
 
 @dataclass(frozen=True)
@@ -208,17 +215,25 @@ class Enrolment(Message):
         rows: (n, k) masked encodings of length 1.
         handles, labels: of the rows, ``HANDLE_BYTES`` and ``SEALED_BYTES`` each.
         queries: handles of enrolled rows whose neighbours it asks for.
-        signature: over :func:`query_statement`, for the other sites.
+        yardstick: handles of enrolled rows of diagnosed patients, whose nearest rows tell it how
+            far such patients are from each other.
+        signature: over :func:`query_statement` of both, for the other sites.
     """
 
-    schema: ClassVar[str] = "fedgestalt.matching.enrolment/1"
+    schema: ClassVar[str] = "fedgestalt.matching.enrolment/2"
     kernel: str = hexadecimal(KERNEL_DIGITS)
     removed: Handles = array("uint8", 2)
     rows: NDArray[np.float32] = array("float32", 2)
     handles: Handles = array("uint8", 2)
     labels: NDArray[np.uint8] = array("uint8", 2)
     queries: Handles = array("uint8", 2)
+    yardstick: Handles = array("uint8", 2)
     signature: bytes = octets(1, _SIGNATURE_LIMIT)
+
+    @property
+    def asked(self) -> Handles:
+        """All rows about which it gets to know something."""
+        return np.concatenate([self.queries, self.yardstick])
 
     def check(self, fault: Fault) -> None:
         """Raise ``fault`` if the parts do not belong together."""
@@ -228,14 +243,14 @@ class Enrolment(Message):
             SEALED_BYTES,
         ):
             raise fault(f"{count} rows do not go with its handles and labels")
-        for what, handles in (("removes", self.removed), ("asks about", self.queries)):
-            if handles.shape != (len(handles), HANDLE_BYTES):
-                raise fault(f"what it {what} is no list of handles")
+        if {self.removed.shape[1], self.queries.shape[1], self.yardstick.shape[1]} != {
+            HANDLE_BYTES
+        }:
+            raise fault("what it removes or asks about is no list of handles")
+        for what, handles in (("removes", self.removed), ("asks about", self.asked)):
             if len({handle.tobytes() for handle in handles}) != len(handles):
                 raise fault(f"it {what} the same row twice")
-        lengths = np.einsum("ij,ij->i", self.rows, self.rows)
-        if count and np.abs(lengths - 1).max() > 1e-3:
-            raise fault("a masked row is not of length 1")
+        _check_rows(self.rows, fault)
 
 
 @dataclass(frozen=True)
@@ -291,38 +306,43 @@ class ReleasedRows(Message):
     """Server to one site: the best rows for each of its queries.
 
     Attributes:
-        handles, labels: of all rows that are named in ``columns``.
+        handles, labels: of all rows that are named in the columns.
         columns: (queries, m) numbers of these rows, best first.
         scores: (queries, m) cosine similarities.
+        yardstick_columns, yardstick_scores: the same for its yardstick, at most
+            :data:`YARDSTICK_ROWS` for each.
         withdrawn: handles that are withdrawn, of all sites.
         consents: by site, its signature that it keeps nothing of them.
         certificates: PEM, of those sites.
     """
 
-    schema: ClassVar[str] = "fedgestalt.matching.released-rows/2"
+    schema: ClassVar[str] = "fedgestalt.matching.released-rows/3"
     handles: Handles = array("uint8", 2)
     labels: NDArray[np.uint8] = array("uint8", 2)
     columns: NDArray[np.int32] = array("int32", 2)
     scores: NDArray[np.float32] = array("float32", 2)
+    yardstick_columns: NDArray[np.int32] = array("int32", 2)
+    yardstick_scores: NDArray[np.float32] = array("float32", 2)
     withdrawn: Handles = array("uint8", 2)
     consents: Mapping[str, bytes] = octets_by_site(1, _SIGNATURE_LIMIT)
     certificates: Mapping[str, bytes] = octets_by_site(1, 1 << 14)
 
-    def check(self, queries: int, fault: Fault) -> None:
-        """Raise ``fault`` if the parts do not belong together or to this site's queries."""
+    def check(self, queries: int, yardstick: int, fault: Fault) -> None:
+        """Raise ``fault`` if the parts do not belong together or to what this site asked."""
         count = len(self.handles)
         if self.handles.shape != (count, HANDLE_BYTES) or self.labels.shape != (
             count,
             SEALED_BYTES,
         ):
             raise fault("released handles and labels do not fit the rows")
-        if self.columns.shape != self.scores.shape or len(self.columns) != queries:
-            raise fault(f"scores for {len(self.columns)} queries came, {queries} were asked")
-        if (
-            self.columns.size
-            and not 0 <= int(self.columns.min()) <= int(self.columns.max()) < count
+        for columns, scores, asked in (
+            (self.columns, self.scores, queries),
+            (self.yardstick_columns, self.yardstick_scores, yardstick),
         ):
-            raise fault("a row number is out of range")
+            if columns.shape != scores.shape or len(columns) != asked:
+                raise fault(f"scores for {len(columns)} queries came, {asked} were asked")
+            if columns.size and not 0 <= int(columns.min()) <= int(columns.max()) < count:
+                raise fault("a row number is out of range")
 
 
 @dataclass(frozen=True)
@@ -356,20 +376,26 @@ class SharedEnrolment(Message):
     Attributes:
         kernel: whose label key seals the labels.
         handles, labels: of the rows, ``HANDLE_BYTES`` and ``SEALED_BYTES`` each.
-        queries: handles of the rows that it asks about.
+        queries, yardstick: handles of the rows that it asks about, in this order in the question.
         signature: over :func:`query_statement`, for the other sites.
         parts: the server's part of the rows, and of the question; the latter is empty without one.
         boxes: the same for each computing site, sealed for it; a computing site keeps its own.
     """
 
-    schema: ClassVar[str] = "fedgestalt.matching.shared-enrolment/1"
+    schema: ClassVar[str] = "fedgestalt.matching.shared-enrolment/2"
     kernel: str = hexadecimal(KERNEL_DIGITS)
     handles: Handles = array("uint8", 2)
     labels: NDArray[np.uint8] = array("uint8", 2)
     queries: Handles = array("uint8", 2)
+    yardstick: Handles = array("uint8", 2)
     signature: bytes = octets(1, _SIGNATURE_LIMIT)
     parts: tuple[bytes, ...] = several(octets(0, _WORDS_LIMIT), 2)
     boxes: Mapping[str, bytes] = octets_by_site()
+
+    @property
+    def asked(self) -> Handles:
+        """All rows about which it gets to know something."""
+        return np.concatenate([self.queries, self.yardstick])
 
     def check(self, fault: Fault) -> None:
         """Raise ``fault`` if the parts do not belong together."""
@@ -378,13 +404,13 @@ class SharedEnrolment(Message):
             not count
             or self.handles.shape != (count, HANDLE_BYTES)
             or self.labels.shape != (count, SEALED_BYTES)
-            or self.queries.shape != (len(self.queries), HANDLE_BYTES)
+            or {self.queries.shape[1], self.yardstick.shape[1]} != {HANDLE_BYTES}
             or len(self.parts) != 2
         ):
             raise fault(f"{count} rows do not go with its handles, labels, queries and parts")
         known = {handle.tobytes() for handle in self.handles}
-        asked = {handle.tobytes() for handle in self.queries}
-        if len(known) != count or len(asked) != len(self.queries):
+        asked = {handle.tobytes() for handle in self.asked}
+        if len(known) != count or len(asked) != len(self.asked):
             raise fault("it sent a row twice")
         if not asked <= known:
             raise fault("it asks about a row that it has not enrolled")
@@ -429,6 +455,81 @@ class Answers(Message):
     counts: tuple[int, ...] = several(integer(1, _ROW_LIMIT), MAXIMUM_SITES)
     answer: bytes = octets(0, _WORDS_LIMIT)
     boxes: Mapping[str, bytes] = octets_by_site()
+
+
+@dataclass(frozen=True)
+class Cases(Message):
+    """Site to server: its unsolved cases.
+
+    Attributes:
+        kernel: under which the rows are masked.
+        rows: (n, k) of length 1, one for each case.
+        handles, labels: of the rows, ``HANDLE_BYTES`` and ``SEALED_BYTES`` each.
+    """
+
+    schema: ClassVar[str] = "fedgestalt.discovery.cases/1"
+    kernel: str = hexadecimal(KERNEL_DIGITS)
+    rows: NDArray[np.float32] = array("float32", 2)
+    handles: Handles = array("uint8", 2)
+    labels: NDArray[np.uint8] = array("uint8", 2)
+
+    def check(self, fault: Fault) -> None:
+        """Raise ``fault`` if the parts do not belong together."""
+        _check_rows(self.rows, fault)
+        _check_handles(self.handles, self.labels, len(self.rows), fault)
+
+
+@dataclass(frozen=True)
+class FoundGroups(Message):
+    """Server to one site: the groups that hold a case of its own.
+
+    Attributes:
+        handles, labels: of all their cases, group after group.
+        groups: (cases,) number of each case's group.
+        closeness, p_random, q_random, p_search: (groups,), see
+            :class:`fedgestalt.similarity.discovery.Group`.
+        compared: how many cases were compared in all.
+    """
+
+    schema: ClassVar[str] = "fedgestalt.discovery.found-groups/1"
+    handles: Handles = array("uint8", 2)
+    labels: NDArray[np.uint8] = array("uint8", 2)
+    groups: NDArray[np.int32] = array("int32", 1)
+    closeness: NDArray[np.float32] = array("float32", 1)
+    p_random: NDArray[np.float32] = array("float32", 1)
+    q_random: NDArray[np.float32] = array("float32", 1)
+    p_search: NDArray[np.float32] = array("float32", 1)
+    compared: int = integer(0, _ROW_LIMIT)
+
+    def check(self, fault: Fault) -> None:
+        """Raise ``fault`` if the parts do not belong together."""
+        count = len(self.closeness)
+        _check_handles(self.handles, self.labels, len(self.groups), fault)
+        if {len(self.p_random), len(self.q_random), len(self.p_search)} != {count}:
+            raise fault("the groups' numbers are not of the same groups")
+        if not np.array_equal(np.unique(self.groups), np.arange(count)):
+            raise fault("a group has no case, or a case no group")
+
+
+@dataclass(frozen=True)
+class GroupsKept(Message):
+    """Site to server: it has stored the groups; which cases they are stays at the site."""
+
+    schema: ClassVar[str] = "fedgestalt.discovery.groups-kept/1"
+    kernel: str = hexadecimal(KERNEL_DIGITS)
+
+
+def _check_rows(rows: NDArray[np.float32], fault: Fault) -> None:
+    lengths = np.einsum("ij,ij->i", rows, rows)
+    if len(rows) and np.abs(lengths - 1).max() > 1e-3:
+        raise fault("a masked row is not of length 1")
+
+
+def _check_handles(handles: Handles, labels: NDArray[np.uint8], count: int, fault: Fault) -> None:
+    if handles.shape != (count, HANDLE_BYTES) or labels.shape != (count, SEALED_BYTES):
+        raise fault(f"{count} rows do not go with its handles and labels")
+    if len({handle.tobytes() for handle in handles}) != count:
+        raise fault("it sent a row twice")
 
 
 def query_statement(job: str, kernel: str, site: str, count: int, handles: bytes) -> bytes:

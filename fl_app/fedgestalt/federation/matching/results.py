@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final
 
 import numpy as np
@@ -16,6 +17,8 @@ from fedgestalt import RESEARCH_USE_ONLY
 from fedgestalt.contracts import RankingStrategy
 from fedgestalt.federation.matching.holdings import write_privately
 from fedgestalt.federation.matching.messages import Handles, ReleasedRows
+from fedgestalt.federation.matching.near import near_or_not
+from fedgestalt.federation.matching.phenotypes import with_phenotypes
 from fedgestalt.similarity.evaluation import (
     FREQUENT_GALLERY,
     FREQUENT_TEST,
@@ -26,10 +29,15 @@ from fedgestalt.similarity.evaluation import (
 from fedgestalt.similarity.labels import PLANTED, Label
 from fedgestalt.similarity.ranking import score_syndromes
 
-MATCHES_SCHEMA: Final = "fedgestalt.matches/2"
+MATCHES_SCHEMA: Final = "fedgestalt.matches/3"
 RECEIPT_SCHEMA: Final = "fedgestalt.withdrawal/1"
 MATCHES_FOLDER, RECEIPTS_FOLDER, LEDGER = "matches", "withdrawals", "queries.jsonl"
 _RANKED, _NEIGHBOURS = 10, 10
+_GALLERY: Final = FREQUENT_GALLERY | rare_gallery(0)
+"""Roles of diagnosed reference images, of rare syndromes those of the first split."""
+_NOTHING: Final[Mapping[str, Any]] = MappingProxyType(
+    {"ranked": [], "neighbours": [], "near": None, "p_value": None}
+)
 
 
 @dataclass(frozen=True)
@@ -40,12 +48,27 @@ class Queries:
         images: ids.
         subjects: whose they are.
         syndromes, roles: (n,), as far as known.
+        hpo: terms of each.
     """
 
     images: Sequence[str]
     subjects: Sequence[str]
     syndromes: NDArray[np.int64]
     roles: NDArray[np.uint32]
+    hpo: Sequence[tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class Yardstick:
+    """With what a site measures what is near.
+
+    Attributes:
+        cases: case handle of each image, hexadecimal.
+        trained: whether the ensemble may have trained on them.
+    """
+
+    cases: Sequence[str]
+    trained: bool
 
 
 def write_matches(
@@ -54,10 +77,12 @@ def write_matches(
     kernel: str,
     site: str,
     queries: Queries,
+    yardstick: Yardstick,
     own: Mapping[str, str],
     released: ReleasedRows,
     labels: Mapping[int, Label],
     ranking: RankingStrategy,
+    hpo_weight: float,
 ) -> None:
     """Rank the site's queries and store the result at the site.
 
@@ -65,13 +90,27 @@ def write_matches(
         store: the site's folder.
         job, kernel, site: names.
         queries: what it asked.
+        yardstick: with what it measures what is near.
         own: image id by handle, of the site's own rows.
         released: what came back.
         labels: of the released rows, by number.
         ranking: how syndromes score.
+        hpo_weight: of HPO terms beside faces.
     """
-    dense, syndromes, roles = dense_scores(released, labels)
-    cases = np.array([labels[row].case.hex() for row in range(len(syndromes))])
+    count = len(released.handles)
+    faces = dense_scores(released.columns, released.scores, count)
+    syndromes, roles = syndromes_and_roles(labels)
+    cases = np.array([labels[row].case.hex() for row in range(count)])
+    terms = [labels[row].hpo for row in range(count)]
+    dense, hpo = with_phenotypes(faces, queries.hpo, terms, hpo_weight)
+    near = near_or_not(
+        faces,
+        dense_scores(released.yardstick_columns, released.yardstick_scores, count),
+        (roles & _GALLERY) > 0,
+        cases,
+        yardstick.cases,
+        yardstick.trained,
+    )
     tables = rank_tables(
         dense,
         queries.syndromes,
@@ -89,13 +128,16 @@ def write_matches(
         "job": job,
         "kernel": kernel,
         "ranking": ranking.name,
+        "hpo": hpo,
+        "nearness": near.about,
         "queries": [
             {
                 "image": image,
                 **_ranked(dense[row], syndromes, roles, cases, released.handles, labels, ranking),
+                **near.of(row),
             }
             if queries.roles[row] & (FREQUENT_TEST | rare_test(0))
-            else {"image": image, "ranked": [], "neighbours": []}
+            else {"image": image, **_NOTHING}
             for row, image in enumerate(queries.images)
         ],
         "images": [{"image": image, "handle": handle} for handle, image in own.items() if image],
@@ -115,16 +157,22 @@ def write_matches(
 
 
 def dense_scores(
-    released: ReleasedRows, labels: Mapping[int, Label]
-) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.uint32]]:
-    """Scores (queries, rows) with -inf where nothing was released, syndromes and roles by row."""
-    count = len(released.handles)
-    dense = np.full((len(released.columns), count), -np.inf, np.float32)
-    np.put_along_axis(dense, released.columns.astype(np.int64), released.scores, 1)
-    syndromes, roles = np.full(count, -1, np.int64), np.zeros(count, np.uint32)
+    columns: NDArray[np.int32], scores: NDArray[np.float32], rows: int
+) -> NDArray[np.float32]:
+    """Scores (queries, rows) with -inf where nothing was released."""
+    dense = np.full((len(columns), rows), -np.inf, np.float32)
+    np.put_along_axis(dense, columns.astype(np.int64), scores, 1)
+    return dense
+
+
+def syndromes_and_roles(
+    labels: Mapping[int, Label],
+) -> tuple[NDArray[np.int64], NDArray[np.uint32]]:
+    """Syndromes and roles by row; planted rows have none."""
+    syndromes, roles = np.full(len(labels), -1, np.int64), np.zeros(len(labels), np.uint32)
     for row, label in labels.items():
         syndromes[row], roles[row] = label.syndrome, label.roles & ~PLANTED
-    return dense, syndromes, roles
+    return syndromes, roles
 
 
 def _ranked(
@@ -137,7 +185,7 @@ def _ranked(
     ranking: RankingStrategy,
 ) -> dict[str, Any]:
     """Ranked syndromes and nearest gallery images of one query, in the first rare split."""
-    known = np.isfinite(scores) & ((roles & (FREQUENT_GALLERY | rare_gallery(0))) > 0)
+    known = np.isfinite(scores) & ((roles & _GALLERY) > 0)
     gallery = np.flatnonzero(known)
     if not len(gallery):
         return {"ranked": [], "neighbours": []}
@@ -172,7 +220,7 @@ def forget(store: Path, withdrawn: Handles) -> None:
         content["images"] = [e for e in content["images"] if e["handle"] not in gone]
         for query in content["queries"]:
             if query["image"] in own:
-                query |= {"image": "", "ranked": [], "neighbours": []}
+                query |= {"image": "", **_NOTHING}
             query["neighbours"] = [n for n in query["neighbours"] if n["handle"] not in gone]
         if json.dumps(content) != before:
             write_privately(path, json.dumps(content).encode())

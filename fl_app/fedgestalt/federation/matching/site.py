@@ -13,11 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedgestalt.cohort import Cohort, ImageRecord
+from fedgestalt.cohort.phenotype import known_terms
 from fedgestalt.contracts import MatchingStrategy, RankingStrategy
 from fedgestalt.errors import ConfigError, ServerError
 from fedgestalt.federation.job.identity import Identity, PublicIdentity, Trust
 from fedgestalt.federation.matching.holdings import KernelStore
 from fedgestalt.federation.matching.messages import (
+    DISCOVER,
     Handles,
     MatchStart,
     handles_digest,
@@ -85,8 +87,17 @@ class MatchingSite:
         return image_order(self.cohort)
 
     def check_patients(self) -> None:
-        """Raise SiteError if it has no image that such a job is about."""
-        _ = self.order
+        """Raise SiteError if it has no image to match; a discovery goes on without cases."""
+        if self.start.purpose != DISCOVER:
+            _ = self.order
+
+    def check_terms(self) -> None:
+        """Raise ConfigError if HPO terms are to join its ranks and cannot be compared here."""
+        if not self.start.hpo_weight:
+            return
+        asked = self.order.image_ids[: self.order.queries]
+        if any(record.hpo for record in self.cohort.records(asked)):
+            known_terms(())
 
     @property
     def kernels(self) -> KernelStore:

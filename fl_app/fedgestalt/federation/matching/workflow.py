@@ -31,6 +31,7 @@ from fedgestalt.federation.matching.galleries import GALLERIES_FOLDER, Galleries
 from fedgestalt.federation.matching.messages import (
     GALLERY,
     MATCH,
+    YARDSTICK_ROWS,
     Answers,
     Ask,
     Compute,
@@ -87,6 +88,9 @@ class FlakeSimilarityWorkflow(PhasedWorkflow):
             for the first sites of the roster.
         released_rows: best rows per query that the asking site gets; 0 releases all, which sites
             allow for evaluations only.
+        yardstick_subjects: own diagnosed patients with whose nearest rows a site measures what is
+            near; 0 for none.
+        hpo_weight: of HPO terms beside faces, where sites release them.
         keep_gram: leave the whole matrix in the run folder, to show what the server sees.
         minimum_sites: with fewer the job does not go on.
         sites: see :class:`PhasedWorkflow`.
@@ -108,6 +112,8 @@ class FlakeSimilarityWorkflow(PhasedWorkflow):
         sponsor: str = "",
         computing_sites: list[str] | None = None,
         released_rows: int = 200,
+        yardstick_subjects: int = 99,
+        hpo_weight: float = 0.0,
         keep_gram: bool = False,
         minimum_sites: int = 3,
         sites: list[str] | None = None,
@@ -120,9 +126,10 @@ class FlakeSimilarityWorkflow(PhasedWorkflow):
         self._standing, self._rotate, self._sponsor = kernel == "standing", rotate, sponsor
         self._ranking, self._computing = ranking, tuple(computing_sites or ())
         self._released_rows, self._keep_gram = released_rows, keep_gram
+        self._yardstick, self._hpo_weight = yardstick_subjects, float(hpo_weight)
         self._minimum = minimum_sites
         self._members: dict[str, Member] = {}
-        self._here: set[str] = set()
+        self.here: set[str] = set()
         self._lost: set[str] = set()
 
     def start_controller(self, fl_ctx: FLContext) -> None:
@@ -147,46 +154,63 @@ class FlakeSimilarityWorkflow(PhasedWorkflow):
         """Match; see the module docstring."""
         self._job = fl_ctx.get_job_id()
 
-        def ask(
-            task: str,
-            messages: Message | Mapping[str, Message],
-            on_reply: OnReply,
-            sites: Collection[str],
-        ) -> Collection[str]:
-            lost = self.gather_present(task, messages, on_reply, abort_signal, fl_ctx, sites)
-            self._lost |= set(lost)
-            self._here -= set(lost)
-            if not self.goes_on_without(self._lost):
-                raise ServerError(
-                    f"{len(self._here)} sites are left, the job asks for {self._minimum}",
-                    where="job",
-                    remedy="bring the lost sites back",
-                )
-            return lost
-
-        self._ask = ask
+        self._call = abort_signal, fl_ctx
+        strategy: MatchingStrategy = get_registry().matching.get(self._strategy)
+        self.check_strategy(strategy)
         self._join_all(abort_signal, fl_ctx)
         kernel, version = self._settle()
-        strategy: MatchingStrategy = get_registry().matching.get(self._strategy)
-        if len(strategy.roles) > 1:
-            found = self._match_shares(kernel, strategy)
-        else:
-            found = self._match_rows(kernel, strategy)
-        said = strategy.disclosure
         return {
             "kernel": kernel,
             "kernel_version": version,
             "ensemble": self._ensemble,
-            **found,
+            **self.compare(kernel, strategy),
             "lost": sorted(self._lost),
-            "ranking": self._ranking,
-            "privacy": {
-                "strategy": strategy.name,
-                "server_learns": said.server_learns,
-                "sites_learn": said.sites_learn,
-                "asking_site_learns": said.asking_site_learns,
-            },
+            "privacy": self.privacy(strategy),
         }
+
+    def check_strategy(self, strategy: MatchingStrategy) -> None:
+        """Raise FedgestaltError if such a job cannot compare by ``strategy``."""
+
+    def compare(self, kernel: str, strategy: MatchingStrategy) -> dict[str, Any]:
+        """Compare what the sites send under an agreed kernel; returns facts for the outcome."""
+        if len(strategy.roles) > 1:
+            found = self._match_shares(kernel, strategy)
+        else:
+            found = self._match_rows(kernel, strategy)
+        return {**found, "ranking": self._ranking}
+
+    def privacy(self, strategy: MatchingStrategy) -> dict[str, str]:
+        """What each party learns, for the outcome."""
+        said = strategy.disclosure
+        return {
+            "strategy": strategy.name,
+            "server_learns": said.server_learns,
+            "sites_learn": said.sites_learn,
+            "asking_site_learns": said.asking_site_learns,
+        }
+
+    def ask(
+        self,
+        task: str,
+        messages: Message | Mapping[str, Message],
+        on_reply: OnReply,
+        sites: Collection[str],
+    ) -> Collection[str]:
+        """Gather the replies of ``sites`` to a task; returns who was lost meanwhile.
+
+        Raises:
+            ServerError: too few sites are left.
+        """
+        lost = self.gather_present(task, messages, on_reply, *self._call, sites)
+        self._lost |= set(lost)
+        self.here -= set(lost)
+        if not self.goes_on_without(self._lost):
+            raise ServerError(
+                f"{len(self.here)} sites are left, the job asks for {self._minimum}",
+                where="job",
+                remedy="bring the lost sites back",
+            )
+        return lost
 
     def _match_rows(self, kernel: str, strategy: MatchingStrategy) -> dict[str, Any]:
         """The server alone compares masked rows."""
@@ -219,6 +243,8 @@ class FlakeSimilarityWorkflow(PhasedWorkflow):
             self._ranking,
             self._released_rows,
             int(self._standing),
+            self._yardstick,
+            self._hpo_weight,
         )
         strategy = get_registry().matching.entry(self._strategy)
         present = self.join(START, start, lambda _: versions([strategy]), abort_signal, fl_ctx)
@@ -226,8 +252,8 @@ class FlakeSimilarityWorkflow(PhasedWorkflow):
         for site, said in present.items():
             identity = self._trust.check(site, said.certificate, now)
             self._members[site] = Member(said.certificate, identity)
-        self._here = set(present)
-        self._lost = set(self.roster) - self._here
+        self.here = set(present)
+        self._lost = set(self.roster) - self.here
 
     # the kernel
 
@@ -238,7 +264,7 @@ class FlakeSimilarityWorkflow(PhasedWorkflow):
         def on_reply(site: str, fields: object) -> None:
             holdings[site] = Holdings.from_fields(fields, from_site(site))
 
-        self._ask(HOLDINGS, Ask(), on_reply, set(self._here))
+        self.ask(HOLDINGS, Ask(), on_reply, set(self.here))
         layouts = {said.layout: site for site, said in sorted(holdings.items()) if said.layout}
         if len(layouts) != 1:
             raise ServerError(
@@ -251,7 +277,7 @@ class FlakeSimilarityWorkflow(PhasedWorkflow):
             self._job,
             self._ensemble,
             self._strategy,
-            self._ask,
+            self.ask,
             self._members,
             self._uploads,
             self._downloads,
@@ -269,7 +295,7 @@ class FlakeSimilarityWorkflow(PhasedWorkflow):
                     site=lacking[0],
                     remedy="run a matching job with a standing kernel first, then onboard it",
                 )
-            kernel = exchanges.agree(self._here, choice.version, layout, self._minimum)
+            kernel = exchanges.agree(self.here, choice.version, layout, self._minimum)
         if self._standing:
             self._galleries.begin(kernel, self._for, choice.version)
         return kernel, choice.version
@@ -281,10 +307,10 @@ class FlakeSimilarityWorkflow(PhasedWorkflow):
         holdings: Mapping[str, Holdings],
         layout: str,
     ) -> None:
-        newcomers = {site for site in self._here if site not in choice.holders}
+        newcomers = {site for site in self.here if site not in choice.holders}
         if not newcomers:
             return
-        able = [s for s in choice.holders if s in self._here and holdings[s].has_ensemble]
+        able = [s for s in choice.holders if s in self.here and holdings[s].has_ensemble]
         sponsor = self._sponsor or (able or [""])[0]
         if sponsor not in able:
             raise ServerError(
@@ -316,17 +342,17 @@ class FlakeSimilarityWorkflow(PhasedWorkflow):
             gallery.enrol(site, new)
             if len(new.removed):
                 self._galleries.withdraw(site, new.removed, kernel)
-            if (gallery.part(site).at(new.queries) < 0).any():
+            if (gallery.part(site).at(new.asked) < 0).any():
                 raise PeerError("it asks about a row that it has not enrolled", site=site)
-            self._check_query(kernel, site, new.queries, new.signature)
+            self._check_query(kernel, site, new.asked, new.signature)
             withdrawn.append(new.removed)
             enrolled[site] = new
 
         asks = int(self._purpose != GALLERY)
         messages = {
-            site: Enrol(kernel, gallery.part(site).handles, asks) for site in sorted(self._here)
+            site: Enrol(kernel, gallery.part(site).handles, asks) for site in sorted(self.here)
         }
-        self._ask(ENROL, messages, on_reply, set(self._here))
+        self.ask(ENROL, messages, on_reply, set(self.here))
         if not len(gallery.rows):
             raise ServerError("the gallery is empty: no site has enrolled an image", where="job")
         return enrolled, np.concatenate(withdrawn)
@@ -348,12 +374,12 @@ class FlakeSimilarityWorkflow(PhasedWorkflow):
             consents[site] = consent.signature
 
         asked = {
-            site: Query(len(new.queries), handles_digest(new.queries), new.signature)
+            site: Query(len(new.asked), handles_digest(new.asked), new.signature)
             for site, new in queries.items()
         }
         certificates = {site: self._members[site].certificate for site in asked}
         message = Consider(kernel, asked, withdrawn, certificates)
-        self._ask(CONSIDER, message, on_reply, set(self._here))
+        self.ask(CONSIDER, message, on_reply, set(self.here))
         return consents
 
     def _release(
@@ -368,15 +394,22 @@ class FlakeSimilarityWorkflow(PhasedWorkflow):
         certificates = {site: self._members[site].certificate for site in consents}
         count = len(rows) if self._released_rows == ALL_ROWS else self._released_rows
         released = {}
-        for site in sorted(self._here):
-            asked = rows.rows[rows.at(queries[site].queries)]
-            best = top_rows(asked, rows.rows, count, similarities) if len(asked) else _NOTHING
-            named, numbers = np.unique(best.rows, return_inverse=True)
+
+        def best(handles: Handles, most: int) -> TopRows:
+            asked = rows.rows[rows.at(handles)]
+            return top_rows(asked, rows.rows, most, similarities) if len(asked) else _NOTHING
+
+        for site in sorted(self.here):
+            found = best(queries[site].queries, count)
+            typical = best(queries[site].yardstick, min(count, YARDSTICK_ROWS))
+            named = np.union1d(found.rows, typical.rows)
             released[site] = ReleasedRows(
                 rows.handles[named],
                 rows.labels[named],
-                numbers.reshape(best.rows.shape).astype(np.int32),
-                best.scores,
+                np.searchsorted(named, found.rows).astype(np.int32),
+                found.scores,
+                np.searchsorted(named, typical.rows).astype(np.int32),
+                typical.scores,
                 withdrawn,
                 dict(consents),
                 certificates,
@@ -386,14 +419,14 @@ class FlakeSimilarityWorkflow(PhasedWorkflow):
             if Ranked.from_fields(fields, from_site(site)).kernel != kernel:
                 raise PeerError("it ranked under another kernel", site=site)
 
-        self._ask(RANK, released, on_reply, set(self._here))
+        self.ask(RANK, released, on_reply, set(self.here))
 
     # shares, where several parties compute
 
     def _match_shares(self, kernel: str, strategy: MatchingStrategy) -> dict[str, Any]:
         """The server is one of several parties, of which none sees a score."""
-        computing = tuple(self._computing or sorted(self._here)[: len(strategy.roles) - 1])
-        if not set(computing) <= self._here:
+        computing = tuple(self._computing or sorted(self.here)[: len(strategy.roles) - 1])
+        if not set(computing) <= self.here:
             raise ServerError(
                 f"the computing sites {', '.join(computing)} are not all there", where="job"
             )
@@ -406,14 +439,14 @@ class FlakeSimilarityWorkflow(PhasedWorkflow):
             new.check(fault)
             if new.kernel != kernel or new.boxes.keys() != set(computing) - {site}:
                 raise PeerError("its shares are not for the job's computing sites", site=site)
-            self._check_query(kernel, site, new.queries, new.signature)
+            self._check_query(kernel, site, new.asked, new.signature)
             party.take(site, new.parts[0], new.parts[1], fault)
-            if party.queries.get(site, 0) != len(new.queries):
+            if party.queries.get(site, 0) != len(new.asked):
                 raise PeerError("its question is not about the rows that it names", site=site)
             enrolled[site] = new
 
         asks = int(self._purpose != GALLERY)
-        self._ask(ENROL_SHARES, EnrolShares(kernel, computing, asks), on_enrolment, self._everybody)
+        self.ask(ENROL_SHARES, EnrolShares(kernel, computing, asks), on_enrolment, set(self.here))
         self._consider(kernel, enrolled, np.empty((0, HANDLE_BYTES), np.uint8))
         order = sorted(enrolled)
         secrets.SystemRandom().shuffle(order)
@@ -432,7 +465,7 @@ class FlakeSimilarityWorkflow(PhasedWorkflow):
             )
             for site in computing
         }
-        if self._ask(COMPUTE, messages, on_computed, computing):
+        if self.ask(COMPUTE, messages, on_computed, computing):
             raise ServerError("a computing site was lost", where="job", remedy="submit it again")
         own = party.answers(order, {site: from_site(site) for site in enrolled})
         handles = np.concatenate([enrolled[site].handles for site in order])
@@ -440,19 +473,15 @@ class FlakeSimilarityWorkflow(PhasedWorkflow):
         counts = tuple(len(enrolled[site].handles) for site in order)
         released = {
             site: Answers(handles, labels, counts, own.get(site, b""), sealed[site])
-            for site in self._here
+            for site in self.here
         }
 
         def on_ranked(site: str, fields: object) -> None:
             if Ranked.from_fields(fields, from_site(site)).kernel != kernel:
                 raise PeerError("it ranked under another kernel", site=site)
 
-        self._ask(RANK_SHARES, released, on_ranked, self._everybody)
+        self.ask(RANK_SHARES, released, on_ranked, set(self.here))
         return {"rows": len(handles), "withdrawn": 0, "computing": list(computing)}
-
-    @property
-    def _everybody(self) -> set[str]:
-        return set(self._here)
 
     def _check_query(self, kernel: str, site: str, queries: Handles, signature: bytes) -> None:
         """Raise PeerError if a site has not signed what it asks."""

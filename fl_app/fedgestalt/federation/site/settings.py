@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
 import yaml
 from pydantic import Field
@@ -18,6 +18,7 @@ from fedgestalt.hooks.registry import read_options
 from fedgestalt.learning.spec import Spec
 
 FILE_NAME = "fedgestalt.yaml"
+_DISCOVER: Final = "discover"
 ALL_ROWS = 0
 """As the rows a job asks for: an evaluation release, every row for every query."""
 
@@ -32,7 +33,7 @@ class SiteSettings(Spec):
     )
     threads: int | None = Field(default=None, ge=1, description="CPU threads; default all")
     jobs: tuple[str, ...] = Field(
-        default=("train_ensemble", "match", "onboard", "gallery"),
+        default=("train_ensemble", "match", "onboard", "gallery", "discover"),
         description="job templates this site takes part in",
     )
     partners: tuple[str, ...] = Field(
@@ -93,6 +94,16 @@ class SiteSettings(Spec):
     reveal_hospital: bool = Field(
         default=False, description="whether other hospitals see that a released row is this one's"
     )
+    discovery: bool = Field(
+        default=False,
+        description="whether this site's unsolved cases are compared with those of other hospitals"
+        " (template `discover`)",
+    )
+    release_hpo_terms: bool = Field(
+        default=False,
+        description="whether other hospitals get the HPO terms of a released row's patient, sealed"
+        " from the server",
+    )
     max_update_norm: float = Field(
         default=1.0,
         gt=0,
@@ -112,6 +123,8 @@ class SiteSettings(Spec):
         """Raise SiteError if this site does not take part in such jobs."""
         if template not in self.jobs:
             raise _refusal(f"does not take part in jobs of the kind {template!r}", "jobs")
+        if template == _DISCOVER and not self.discovery:
+            raise _refusal("compares no unsolved case with those of other hospitals", "discovery")
 
     def check_roster(self, site: str, roster: Collection[str]) -> None:
         """Raise SiteError if ``site`` does not work with exactly these sites."""
