@@ -276,7 +276,9 @@ def test_a_matching_task_is_unknown_in_a_discovery(
         if (site, task, when) == ("bonn", "fgm_groups", "before"):
             kernel = willing.bus.run.replies("fgm_kernel_agree")["bonn"]["kernel"]
             fields = {
-                "schema": "fedgestalt.matching.enrol/1", "kernel": kernel, "ask": 1,
+                "schema": "fedgestalt.matching.enrol/1",
+                "kernel": kernel,
+                "ask": 1,
                 "handles": np.empty((0, HANDLE_BYTES), np.uint8),
             }
             replies.append(willing.demand("bonn", "fgm_enrol", fields))
