@@ -208,15 +208,15 @@ def _integer(value: object, low: int, high: int) -> str:
     return f"is {shown}, outside {low}..{high}"
 
 
-def fraction() -> Any:
-    """Declare a field with a float in 0..1."""
+def real(low: float, high: float) -> Any:
+    """Declare a finite floating-point field in ``low``..``high``."""
+    return _checked(lambda value: _real(value, low, high))
 
-    def check(value: object) -> str:
-        if not isinstance(value, float):
-            return f"is {type(value).__name__}, not a float"
-        return "" if 0 <= value <= 1 else "is outside 0..1"
 
-    return _checked(check)
+def _real(value: object, low: float, high: float) -> str:
+    if not isinstance(value, float):
+        return f"is {type(value).__name__}, not float"
+    return "" if low <= value <= high else f"is {value:.6g}, not in {low}..{high}"  # nor NaN
 
 
 def array(dtype: str, dimensions: int) -> Any:

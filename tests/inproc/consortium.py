@@ -118,6 +118,16 @@ def one_network(trainable: str = "neck", seed: int = 1) -> EnsembleSpec:
     return EnsembleSpec(members=(member,), seed=seed)
 
 
+HPO_TERMS = (
+    ("HP:0000154", "HP:0000343"),
+    ("HP:0000316", "HP:0000494", "HP:0001263"),
+    ("HP:0000252",),
+    ("HP:0000664", "HP:0000998"),
+    ("HP:0000400", "HP:0011968"),
+)
+"""Of the patients with each syndrome of :func:`tiny_silos`, but for a quarter who have none."""
+
+
 def tiny_silos(
     folder: Path,
     sites: Sequence[str],
@@ -153,6 +163,7 @@ def tiny_silos(
                 number += 1
                 subject = f"SUBJECT-{number:04d}"
                 base = tints[index] + rng.normal(0, spread, 3)
+                terms = HPO_TERMS[index % len(HPO_TERMS)] if number % 4 else ()
                 for shot in range(2):
                     image_id = f"IMAGE-{number:04d}-{shot}"
                     pixels = base + rng.normal(0, 25, (14, 14, 3))
@@ -161,7 +172,7 @@ def tiny_silos(
                     place.parent.mkdir(parents=True, exist_ok=True)
                     save_jpeg(place, pixels.astype(np.uint8))
                     said = wrong.get(syndrome, syndrome) if site in mislabelled else syndrome
-                    images[image_id] = ImageRecord(image_id, subject, said, place)
+                    images[image_id] = ImageRecord(image_id, subject, said, place, terms)
                     parts[role].append(image_id)
         halves = parts["rare"][:2] + parts["rare"][4:6], parts["rare"][2:4] + parts["rare"][6:]
         silos[site] = Cohort(

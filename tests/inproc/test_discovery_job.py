@@ -65,7 +65,7 @@ def test_the_hidden_groups_come_up_and_each_hospital_knows_its_own_member(
             assert 0 < group["q_random"] <= 0.05
             assert 0 < group["p_search"] <= 1
         assert len(set(holding)) == 1, "the three hospitals hear of the same group"
-        assert len(holding[0]) == len(SITES)
+        assert len(holding[0]) >= len(SITES)
 
 
 def test_a_hospital_hears_of_no_group_without_a_case_of_its_own(

@@ -72,7 +72,10 @@ class Secrets:
         self.encodings = _encodings(cohort, store)
         self.texts = [r.subject for r in cohort.images.values()]
         self.texts += list(cohort.images)
+        self.texts += [r.subject for r in cohort.unsolved.values()]
+        self.texts += list(cohort.unsolved)
         self.texts += [s.name for s in cohort.syndromes.values()]
+        self.texts += [term for r in cohort.images.values() for term in r.hpo]
         self.texts += [str(both.consortium.folder), "_rot_aligned"]
 
 

@@ -22,6 +22,7 @@ from fedgestalt.federation.training.aggregator import ZeroSumMaskAggregator
 from fedgestalt.hooks import get_registry
 from fedgestalt.jobs import (
     JOBS,
+    DiscoveryJob,
     JobSpec,
     MatchingJob,
     TrainingJob,
@@ -68,25 +69,37 @@ ensembles = st.builds(
     members=st.lists(members, min_size=1, max_size=2, unique_by=lambda m: m.name).map(tuple),
     seed=st.integers(0, 2**40),
 )
-jobs = st.builds(
-    TrainingJob,
-    ensemble=ensembles,
-    rounds=st.integers(1, 10_000),
-    max_images_per_site=st.integers(2, 10**6),
-    max_update_norm=st.floats(0.001, 1e6),
-    scope=st.sampled_from(["all", "encoder"]),
-    rule=st.sampled_from(["mean", "class-weighted"]),
-    reveal_aggregate_to=st.sampled_from(["server", "sites"]),
-    threat_model=st.sampled_from(["malicious", "honest-but-curious"]),
-    resume_from=st.from_regex(r"[A-Za-z0-9-]{0,64}", fullmatch=True),
-    **common,
-) | st.builds(
-    MatchingJob,
-    ensemble=st.from_regex(r"[0-9a-f]{64}", fullmatch=True),
-    strategy=st.sampled_from(["isometry", "another"]),
-    released_rows=st.integers(0, 500),
-    keep_gram=st.booleans(),
-    **common,
+jobs = (
+    st.builds(
+        TrainingJob,
+        ensemble=ensembles,
+        rounds=st.integers(1, 10_000),
+        max_images_per_site=st.integers(2, 10**6),
+        max_update_norm=st.floats(0.001, 1e6),
+        scope=st.sampled_from(["all", "encoder"]),
+        rule=st.sampled_from(["mean", "class-weighted"]),
+        reveal_aggregate_to=st.sampled_from(["server", "sites"]),
+        threat_model=st.sampled_from(["malicious", "honest-but-curious"]),
+        resume_from=st.from_regex(r"[A-Za-z0-9-]{0,64}", fullmatch=True),
+        **common,
+    )
+    | st.builds(
+        MatchingJob,
+        ensemble=st.from_regex(r"[0-9a-f]{64}", fullmatch=True),
+        strategy=st.sampled_from(["isometry", "another"]),
+        released_rows=st.integers(0, 500),
+        yardstick_subjects=st.integers(0, 999),
+        hpo_weight=st.floats(0, 1),
+        keep_gram=st.booleans(),
+        **common,
+    )
+    | st.builds(
+        DiscoveryJob,
+        ensemble=st.from_regex(r"[0-9a-f]{64}", fullmatch=True),
+        level=st.floats(0.001, 1),
+        search_level=st.floats(0.001, 1),
+        **common,
+    )
 )
 
 
@@ -554,6 +567,7 @@ def test_a_file_that_is_no_json_object_is_named(
         ("train_ensemble", {"ensemble.members.0.backbone": "sfase"}, "did you mean 'sface'"),
         ("train_ensemble", {"ensemble.members.0.options": "{dropoot: 1}"}, "'dropout'"),
         ("match", {"strategy": "isometri"}, "did you mean 'isometry'"),
+        ("discover", {"strategy": "secret-shared"}, "here the server compares alone"),
     ],
 )
 def test_a_job_that_names_what_is_not_installed_is_refused_before_it_is_rendered(

@@ -215,6 +215,9 @@ class _Reader:
             image_id = row["image_id"]
             if label is None:
                 self._error(file, number, "label is no integer", "write the syndrome id")
+            elif label == UNSOLVED:
+                remedy = f"list the image in gmdb_{UNSOLVED_FILE}_images_{version}.csv instead"
+                self._error(file, number, f"label {UNSOLVED} stands for no diagnosis", remedy)
             elif split is None or not 0 <= split < _MAX_SPLITS:
                 what = f"split is no integer from 0 to {_MAX_SPLITS - 1}"
                 self._error(file, number, what, "number the splits from 0")

@@ -63,6 +63,8 @@ def import_csv(
         try:
             is_unsolved = row["syndrome"].lower() == UNSOLVED_WORD
             syndrome = UNSOLVED if is_unsolved else int(row["syndrome"])
+            if syndrome == UNSOLVED and not is_unsolved:
+                raise DataError(f"syndrome {UNSOLVED} stands for no diagnosis", remedy=_WRITE)
             if syndromes is not None and not is_unsolved and syndrome not in syndromes:
                 raise DataError(f"syndrome {syndrome} is not in the label map")
             pixels = align(read_photograph(_photograph(table.parent, row)))

@@ -20,10 +20,12 @@ from fedgestalt.errors import DataError, SiteError
 from fedgestalt.federation.job.handshake import Present
 from fedgestalt.federation.job.wire import BODY, FAULT, fault_of, fault_reply, to_shareable
 from fedgestalt.federation.matching.messages import (
+    Cases,
     Computed,
     Consent,
     Enrolment,
     EnsembleSent,
+    GroupsKept,
     HandedOver,
     Holdings,
     KernelReady,
@@ -86,6 +88,7 @@ REPLIES: list[Message] = [
         HANDLES,
         np.zeros((2, SEALED_BYTES), np.uint8),
         HANDLES[1:],
+        HANDLES[:1],
         bytes(64),
     ),
     Consent("a" * 32, bytes(64)),
@@ -94,12 +97,15 @@ REPLIES: list[Message] = [
         HANDLES,
         np.zeros((2, SEALED_BYTES), np.uint8),
         HANDLES[1:],
+        HANDLES[:1],
         bytes(64),
         (b"rows", b"question"),
         {"berlin": b"sealed"},
     ),
     Computed({"berlin": b"sealed"}),
     Ranked("a" * 32),
+    Cases("a" * 32, np.eye(2, dtype=np.float32), HANDLES, np.zeros((2, SEALED_BYTES), np.uint8)),
+    GroupsKept("a" * 32),
 ]
 SECRET = np.arange(100.0)
 

@@ -47,6 +47,8 @@ def test_defaults_are_careful(local: Path) -> None:
     assert settings.device == "auto"
     assert settings.max_released_rows == 200
     assert not settings.reveal_hospital
+    assert not settings.discovery
+    assert not settings.release_hpo_terms
     assert settings.max_update_norm == 1.0
     assert not any("NC" in licence for licence in settings.weight_licences)
 
@@ -71,6 +73,8 @@ def test_all_settings_are_read(local: Path) -> None:
         "max_queries_per_day": 9,
         "minimum_images_per_syndrome": 2,
         "reveal_hospital": True,
+        "discovery": True,
+        "release_hpo_terms": True,
         "max_update_norm": 2.5,
     }
     assert content.keys() == SiteSettings.model_fields.keys()
@@ -183,7 +187,16 @@ def refusal(fault: pytest.ExceptionInfo[SiteError], key: str) -> str:
 
 @pytest.mark.parametrize("template", JOBS)
 def test_a_site_takes_part_in_every_kind_of_job_unless_it_says_otherwise(template: str) -> None:
-    policy().check_job(template)
+    policy(discovery=True).check_job(template)
+
+
+def test_unsolved_cases_are_compared_only_where_a_site_says_so() -> None:
+    with pytest.raises(SiteError) as fault:
+        policy().check_job("discover")
+    said = refusal(fault, "discovery")
+    assert said == "this site compares no unsolved case with those of other hospitals"
+    with pytest.raises(SiteError, match="does not take part in jobs of the kind"):
+        policy(discovery=True, jobs=("match",)).check_job("discover")
 
 
 def test_a_site_takes_part_in_no_kind_of_job_that_it_does_not_list() -> None:

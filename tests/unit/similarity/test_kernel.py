@@ -22,6 +22,7 @@ from fedgestalt.similarity.kernel import (
     encoded,
 )
 from fedgestalt.similarity.labels import (
+    MAXIMUM_TERMS,
     PLANTED,
     SEALED_BYTES,
     Label,
@@ -303,7 +304,8 @@ def test_a_kernel_is_kept_as_bytes_and_nothing_else_passes_for_one() -> None:
 
 def test_a_sealed_label_opens_for_its_row_only() -> None:
     kernel, handle = agreed()["bonn"], new_handle()
-    label = Label(-7, 2**32 - 1, b"\1" * 16, "Universitätsklinikum Bonn")
+    terms = ("HP:0000154", "HP:9999999")
+    label = Label(-7, 2**32 - 1, b"\1" * 16, "Universitätsklinikum Bonn", terms)
     sealed = seal_label(label, kernel, handle)
     assert open_label(sealed, kernel, handle) == label
     other = agreed()["bonn"]
@@ -316,6 +318,13 @@ def test_a_sealed_label_opens_for_its_row_only() -> None:
             open_label(*attempt)
 
 
+def test_a_patient_with_more_terms_than_fit_is_known_by_the_first_of_them() -> None:
+    kernel, handle = agreed()["bonn"], new_handle()
+    terms = tuple(f"HP:{number:07d}" for number in range(1, MAXIMUM_TERMS + 20))
+    sealed = seal_label(Label(5, 1, hpo=terms), kernel, handle)
+    assert open_label(sealed, kernel, handle).hpo == terms[:MAXIMUM_TERMS]
+
+
 def test_all_sealed_labels_have_one_length_and_never_repeat() -> None:
     kernel, handle = agreed()["bonn"], new_handle()
     some = (
@@ -323,8 +332,9 @@ def test_all_sealed_labels_have_one_length_and_never_repeat() -> None:
         Label(-1, PLANTED),
         Label(5, 1, bytes(16), "a" * 64),
         Label(5, 1, hospital="é" * 90),
+        Label(5, 1, hpo=tuple(f"HP:{n:07d}" for n in range(1, 1 + MAXIMUM_TERMS))),
     )
     sealed = [seal_label(label, kernel, handle) for label in some * 20]
     assert {len(s) for s in sealed} == {SEALED_BYTES}
-    assert len(set(sealed)) == 80
+    assert len(set(sealed)) == 100
     assert open_label(sealed[3], kernel, handle).hospital == "é" * 32

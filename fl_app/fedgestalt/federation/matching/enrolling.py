@@ -291,12 +291,13 @@ def _label(own: MatchingSite, enrolled: Enrolled, image: str, handle: str, kerne
 
 def _told(own: MatchingSite, image: str, number: int) -> Label:
     """What other sites are told of an image, beside whose it is."""
-    record, may = own.cohort.images[image], own.settings
+    record, may, start = own.cohort.images[image], own.settings, own.start
+    wanted = start.standing or start.hpo_weight > 0  # by this job, or by later ones
     return Label(
         record.syndrome,
         int(own.order.roles[number]),
         hospital=own.site if may.reveal_hospital else "",
-        hpo=record.hpo[:MAXIMUM_TERMS] if may.release_hpo_terms else (),
+        hpo=record.hpo[:MAXIMUM_TERMS] if may.release_hpo_terms and wanted else (),
     )
 
 

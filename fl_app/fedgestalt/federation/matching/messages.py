@@ -15,13 +15,13 @@ from fedgestalt.messages import (
     Fault,
     Message,
     array,
-    fraction,
     hexadecimal,
     integer,
     message,
     message_by_site,
     octets,
     octets_by_site,
+    real,
     several,
     text,
     texts_by_name,
@@ -77,7 +77,7 @@ class MatchStart(Message):
     released_rows: int = integer(0, _ROW_LIMIT)
     standing: int = integer(0, 1)
     yardstick: int = integer(0, MAXIMUM_YARDSTICK)
-    hpo_weight: float = fraction()
+    hpo_weight: float = real(0, 1)
 
 
 @dataclass(frozen=True)

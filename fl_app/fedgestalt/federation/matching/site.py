@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from fedgestalt.cohort import Cohort, ImageRecord
 from fedgestalt.cohort.phenotype import known_terms
 from fedgestalt.contracts import MatchingStrategy, RankingStrategy
-from fedgestalt.errors import ConfigError, ServerError
+from fedgestalt.errors import ConfigError, ServerError, SiteError
 from fedgestalt.federation.job.identity import Identity, PublicIdentity, Trust
 from fedgestalt.federation.matching.galleries import SITE_GALLERIES_FOLDER, Galleries, Gallery
 from fedgestalt.federation.matching.holdings import KernelStore
@@ -94,12 +94,19 @@ class MatchingSite:
             _ = self.order
 
     def check_terms(self) -> None:
-        """Raise ConfigError if HPO terms are to join its ranks and cannot be compared here."""
+        """Raise SiteError if HPO terms are to join its ranks and cannot be compared here."""
         if not self.start.hpo_weight:
             return
         asked = self.order.image_ids[: self.order.queries]
         if any(record.hpo for record in self.cohort.records(asked)):
-            known_terms(())
+            try:
+                known_terms(())
+            except ConfigError as error:
+                raise SiteError(
+                    "the job compares HPO terms, and the package hpo3 is not installed here",
+                    remedy="install fedgestalt[phenotype] there, or submit the job with"
+                    " hpo_weight=0",
+                ) from error
 
     @property
     def kernels(self) -> KernelStore:
