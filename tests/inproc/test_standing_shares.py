@@ -42,6 +42,7 @@ class SharedLife(Life):
     def completed(self, job: type[JobSpec], **fields: Any) -> Run:
         run = self.run(job, **fields)
         assert run.outcome["status"] == "completed", run.outcome
+        assert run.outcome["lost"] == [], run.outcome
         return run
 
     def kernels(self, site: str) -> list[Kernel]:

@@ -88,13 +88,13 @@ class SecretShared:
     roles: tuple[str, ...] = (SERVER, "first computing site", "second computing site")
     disclosure: Disclosure = Disclosure(
         server_learns=(
-            "How many images and queries each site sends, and how many dimensions an encoding has."
-            " No similarity, embedding, photo or label. Together with one of the two computing"
-            " sites it could read all encodings and queries."
+            "How many images and queries each site sends, opaque handles, and how many dimensions"
+            " an encoding has. No similarity, embedding, photo or label. Together with one of the"
+            " two computing sites it could read all encodings and queries."
         ),
         sites_learn=(
-            "Each of the two computing sites: the same sizes as the server, and nothing else; the"
-            " two together, or one with the server, could read all encodings and queries. Any other"
+            "Each of the two computing sites: the same as the server, and nothing else; the two"
+            " together, or one with the server, could read all encodings and queries. Any other"
             " site: nothing. All sites share the label key."
         ),
         asking_site_learns=(

@@ -158,7 +158,7 @@ class Gallery:
         gone = own.at(removed)
         if (gone < 0).any():
             raise PeerError("it removes rows that it does not have in the gallery", site=site)
-        left = own.chosen(np.setdiff1d(np.arange(len(own)), gone))
+        left = own.chosen(np.setdiff1d(np.arange(len(own)), gone)) if len(gone) else own
         others = [part for part in {**self._parts, site: left}.values() if len(part)]
         known = {handle.tobytes() for part in others for handle in part.handles}
         sent = {handle.tobytes() for handle in added.handles}
@@ -170,10 +170,10 @@ class Gallery:
                 f"its rows have {added.rows.shape[1]} dimensions, the gallery {max(dimensions)}",
                 site=site,
             )
-        part = joined({"1": left, "2": added})
         if len(gone) or len(added):
+            part = joined({"1": left, "2": added})
             self._keep(site, part)
-        self._parts[site] = part
+            self._parts[site] = part
 
     def forget(self, handles: Handles) -> None:
         """Drop the rows with these handles, whosever they are."""

@@ -10,7 +10,7 @@ import numpy as np
 from fedgestalt.contracts import MatchingStrategy
 from fedgestalt.errors import PeerError, ServerError
 from fedgestalt.federation.matching.agreement import Gather
-from fedgestalt.federation.matching.galleries import Gallery, joined
+from fedgestalt.federation.matching.galleries import Gallery, no_rows
 from fedgestalt.federation.matching.messages import (
     Answers,
     AskShares,
@@ -131,6 +131,11 @@ class Parties:
         return sorted(self._stale & set(self._gallery.sites) - self._enrolled.keys())
 
     @property
+    def rows(self) -> int:
+        """How many rows are compared."""
+        return sum(len(self._gallery.part(owner)) for owner in self._owners)
+
+    @property
     def _owners(self) -> list[str]:
         return [site for site in self._gallery.sites if site not in self.left_out]
 
@@ -174,12 +179,11 @@ class Parties:
             certificates: Mapping[str, bytes],
         ) -> Answers:
             owners = order if site in own else []
-            parts = [self._gallery.part(owner) for owner in owners]
-            rows = joined({f"{number:05}": part for number, part in enumerate(parts)})
+            parts = [no_rows(), *(self._gallery.part(owner) for owner in owners)]
             return Answers(
-                rows.handles,
-                rows.labels,
-                tuple(map(len, parts)),
+                np.concatenate([part.handles for part in parts]),
+                np.concatenate([part.labels for part in parts]),
+                tuple(map(len, parts[1:])),
                 own.get(site, b""),
                 sealed.get(site, {}),
                 withdrawn,

@@ -453,7 +453,7 @@ class FlakeSimilarityWorkflow(PhasedWorkflow):
         if self._standing:
             self._galleries.keep_only(kernel, self._for)
         return {
-            "rows": len(gallery.rows),
+            "rows": parties.rows,
             "withdrawn": len(withdrawn),
             "computing": list(self._computing),
             "re_enrolled": parties.re_enrolled,
