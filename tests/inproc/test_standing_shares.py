@@ -421,6 +421,8 @@ def tampering(site: str, task: str, key: str, change: Any) -> Any:
         ("fgm_enrol_shares", "keys", lambda k: {**k, "keys": {}}, "agreed roster"),
         ("fgm_shares_held", "kernel", lambda k: "0" * 32, "that this site does not hold"),
         ("fgm_rank_shares", "withdrawn", lambda h: h[:0], "were not told of all rows"),
+        ("fgm_kernel_keys", "version", lambda v: v + 1, "names a kernel by another version"),
+        ("fgm_kernel_keys", "held", lambda h: (), "this site has version 1"),
     ],
 )
 def test_a_server_that_lies_about_a_gallery_is_caught(
