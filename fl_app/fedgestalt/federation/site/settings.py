@@ -81,7 +81,10 @@ class SiteSettings(Spec):
         " scores of its test images against all images of the others",
     )
     max_queries_per_job: int = Field(
-        default=2000, ge=1, description="most queries that any one site may ask in a job"
+        default=2000,
+        ge=1,
+        description="most queries that any one site may ask in a job, images of its yardstick"
+        " included",
     )
     max_queries_per_day: int = Field(
         default=10_000, ge=1, description="most queries that any one site may ask in a day (UTC)"
