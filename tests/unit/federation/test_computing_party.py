@@ -21,7 +21,7 @@ from fedgestalt.federation.matching.shares import (
 )
 from fedgestalt.hooks import get_registry
 from fedgestalt.messages import from_site
-from fedgestalt.similarity.labels import new_handle
+from fedgestalt.similarity.labels import SEALED_BYTES, new_handle
 
 STRATEGY = get_registry().matching.get("secret-shared")
 PARTIES = range(len(STRATEGY.roles))
@@ -122,6 +122,14 @@ def test_more_shares_than_are_listed_are_refused() -> None:
     came = deliveries(unit_rows(3), new_handles(2))[1]
     with pytest.raises(PeerError, match="sent shares of 3 rows and lists 2"):
         Party(STRATEGY, 1, Gallery()).take("leuven", came, FAULT)
+
+
+def test_labels_of_other_rows_than_the_shares_are_refused_and_nothing_is_kept() -> None:
+    gallery, rows, names = Gallery(), unit_rows(3), new_handles(3)
+    came, labels = deliveries(rows, names)[0], np.zeros((2, SEALED_BYTES), np.uint8)
+    with pytest.raises(PeerError, match="shares of 3 rows and labels of 2"):
+        Party(STRATEGY, 0, gallery).take("leuven", came, FAULT, labels)
+    assert not gallery.sites
 
 
 def test_a_part_of_another_party_is_refused() -> None:

@@ -178,7 +178,7 @@ class Gallery:
     def forget(self, handles: Handles) -> None:
         """Drop the rows with these handles, whosever they are."""
         for site, part in list(self._parts.items()):
-            kept = np.flatnonzero(_absent(part.handles, handles))
+            kept = part.at(absent(part.handles, handles))
             if len(kept) < len(part):
                 self._parts[site] = part.chosen(kept)
                 self._keep(site, self._parts[site])
@@ -302,10 +302,10 @@ class _replacing:  # noqa: N801  used as a statement
             self._temporary.unlink(missing_ok=True)
 
 
-def _absent(some: Handles, others: Handles) -> NDArray[np.bool_]:
-    """Which of some handles are not among others, (n,)."""
+def absent(some: Handles, others: Handles) -> Handles:
+    """Those of some handles that are not among others, in their order."""
     gone = {handle.tobytes() for handle in others}
-    return np.array([handle.tobytes() not in gone for handle in some], bool)
+    return some[[number for number, handle in enumerate(some) if handle.tobytes() not in gone]]
 
 
 def _cannot_keep(holder: str, error: OSError) -> FedgestaltError:

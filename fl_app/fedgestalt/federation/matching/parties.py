@@ -10,7 +10,7 @@ import numpy as np
 from fedgestalt.contracts import MatchingStrategy
 from fedgestalt.errors import PeerError, ServerError
 from fedgestalt.federation.matching.agreement import Gather
-from fedgestalt.federation.matching.galleries import Gallery, no_rows
+from fedgestalt.federation.matching.galleries import Gallery, absent, no_rows
 from fedgestalt.federation.matching.messages import (
     Answers,
     AskShares,
@@ -25,7 +25,6 @@ from fedgestalt.federation.matching.shares import Delivery, Party, holdings
 from fedgestalt.federation.tasks import COMPUTE, ENROL_SHARES, SHARES_HELD
 from fedgestalt.messages import from_site
 from fedgestalt.similarity.kernel import KernelKeys
-from fedgestalt.similarity.labels import HANDLE_BYTES
 
 CheckQuery = Callable[[str, Handles, bytes], None]
 """Raises PeerError if a site has not signed what it asks (site, handles, signature)."""
@@ -93,10 +92,8 @@ class Parties:
             own = self._gallery.part(site)
             if (own.at(new.removed) < 0).any():
                 raise PeerError("it removes rows that it does not have in the gallery", site=site)
-            gone = new.removed if site not in self._stale else own.handles
-            left = [handle for handle in own.handles if handle.tobytes() not in _set(gone)]
-            listed = np.concatenate([_stack(left), new.handles])
-            delivery = Delivery(new.upload, listed, *new.parts)
+            staying = own.handles[:0] if site in self._stale else absent(own.handles, new.removed)
+            delivery = Delivery(new.upload, np.concatenate([staying, new.handles]), *new.parts)
             self._party.take(site, delivery, fault, new.labels)
             if (self._gallery.part(site).at(new.asked) < 0).any():
                 raise PeerError("it asks about a row that it has not enrolled", site=site)
@@ -201,11 +198,3 @@ def _lost() -> ServerError:
         remedy="submit the job again when it is back; to go on without it, with rotate=true and"
         " other computing_sites, so that all sites enrol again",
     )
-
-
-def _set(handles: Handles) -> set[bytes]:
-    return {handle.tobytes() for handle in handles}
-
-
-def _stack(handles: Sequence[Handles]) -> Handles:
-    return np.array(handles, np.uint8).reshape(-1, HANDLE_BYTES)

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from fedgestalt.contracts import MatchingStrategy, Part, Question
 from fedgestalt.errors import DataError, PeerError, ServerError
-from fedgestalt.federation.matching.galleries import Gallery, Rows, no_rows
+from fedgestalt.federation.matching.galleries import Gallery, Rows, absent, no_rows
 from fedgestalt.federation.matching.messages import UPLOAD_BYTES, Answers, Compute, Handles
 from fedgestalt.keys import digest
 from fedgestalt.messages import Fault, from_server, from_site
@@ -149,9 +149,8 @@ class Party:
         except DataError as error:
             raise fault(error.what) from None
         own = self._gallery.part(site).handles
-        staying = {handle.tobytes() for handle in came.listed[: len(came.listed) - len(added)]}
-        gone = [number for number, handle in enumerate(own) if handle.tobytes() not in staying]
-        self._gallery.enrol(site, own[gone], added)
+        gone = absent(own, came.listed[: len(came.listed) - len(added)])
+        self._gallery.enrol(site, gone, added)
         if not np.array_equal(self._gallery.part(site).handles, came.listed):
             raise fault("its new shares do not complete those that are held of it")
 
@@ -162,6 +161,8 @@ class Party:
         count = part.shape[0]
         if count > len(came.listed):
             raise fault(f"it sent shares of {count} rows and lists {len(came.listed)}")
+        if labels is not None and len(labels) != count:
+            raise fault(f"it sent shares of {count} rows and labels of {len(labels)}")
         keys = np.frombuffer(came.upload + part.keys, np.uint8)
         return Rows(
             part.words,
