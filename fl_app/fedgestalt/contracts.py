@@ -266,6 +266,9 @@ class MatchingStrategy(Described, Protocol):
     def receive(self, party: int, part: Part) -> Part:
         """Check, and bring into the form that :meth:`compare` wants, a part of the gallery.
 
+        The words of what it returns have one row per image, from which all parties may drop the
+        same rows.
+
         Raises:
             DataError: it does not fit this party.
         """

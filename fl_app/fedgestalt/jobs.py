@@ -181,7 +181,7 @@ class MatchingJob(JobSpec):
     computing_sites: tuple[str, ...] = Field(
         default=(),
         description="who computes beside the server, for strategies with several computing parties;"
-        " empty: the first sites of the roster",
+        " empty: those that hold the standing gallery's shares, or the first sites of the roster",
     )
     released_rows: int = Field(
         default=200, ge=0, description="best rows per query; 0 releases all, for evaluations"

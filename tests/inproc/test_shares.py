@@ -147,8 +147,3 @@ def test_a_site_that_releases_no_evaluation_takes_no_part(
         both_jobs.consortium, "site_settings", {"bonn": {"evaluation_release": False}}
     )
     assert "releases no scores of all images" in run(both_jobs, "refused").outcome["reason"]
-
-
-def test_a_standing_gallery_of_shares_is_refused(both_jobs: BothJobs) -> None:
-    said = run(both_jobs, "standing", kernel="standing").outcome["reason"]
-    assert "strategy 'secret-shared' has no standing gallery" in said

@@ -18,6 +18,7 @@ from fedgestalt.federation.matching.messages import (
     KernelReady,
     Ranked,
     SharedEnrolment,
+    ShareHoldings,
 )
 from fedgestalt.federation.training.messages import Published, Receipt, Trained, Uploaded
 from fedgestalt.messages import Message
@@ -34,7 +35,7 @@ KERNEL_KEYS, SEAL, AGREE = "fgm_kernel_keys", "fgm_kernel_seal", "fgm_kernel_agr
 HAND_OVER, SEND_ENSEMBLE = "fgm_kernel_hand_over", "fgm_ensemble_send"
 TAKE_OVER = "fgm_kernel_take_over"
 ENROL, CONSIDER, RANK = "fgm_enrol", "fgm_consider", "fgm_rank"
-ENROL_SHARES, COMPUTE = "fgm_enrol_shares", "fgm_compute"
+SHARES_HELD, ENROL_SHARES, COMPUTE = "fgm_shares_held", "fgm_enrol_shares", "fgm_compute"
 RANK_SHARES = "fgm_rank_shares"
 CASES, GROUPS = "fgm_cases", "fgm_groups"
 
@@ -59,6 +60,7 @@ ANSWERS: Final[Mapping[str, type[Message]]] = {
     ENROL: Enrolment,
     CONSIDER: Consent,
     RANK: Ranked,
+    SHARES_HELD: ShareHoldings,
     ENROL_SHARES: SharedEnrolment,
     COMPUTE: Computed,
     RANK_SHARES: Ranked,
@@ -87,6 +89,7 @@ PHASES: Final[Mapping[str, str]] = {
     ENROL: "the sites encode their patients",
     CONSIDER: "the sites consider what is asked and withdrawn",
     RANK: "the sites rank their patients",
+    SHARES_HELD: "the computing sites say what they hold",
     ENROL_SHARES: "the sites encode their patients",
     COMPUTE: "two sites compute on shares",
     RANK_SHARES: "the sites rank their patients",

@@ -128,6 +128,7 @@ class KernelFacts:
         ensemble, layout, strategy: see :class:`Kernel`.
         roster: who takes part, with the fingerprint of each certificate (32 bytes).
         sponsor: who hands an existing kernel over; empty if all agree on a new one.
+        held: id of a kernel that all hold already, and meet under to seal for each other.
     """
 
     job: str
@@ -138,6 +139,7 @@ class KernelFacts:
     strategy: str
     roster: Mapping[str, bytes]
     sponsor: str = ""
+    held: str = ""
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -149,7 +151,7 @@ class KernelFacts:
         """SHA-256 over the facts, 32 bytes; every party computes it for itself."""
         texts = (
             *(self.job, str(self.attempt), str(self.version), self.ensemble, self.layout),
-            *(self.strategy, self.sponsor),
+            *(self.strategy, self.sponsor, self.held),
         )
         roster = [part for site in self.sites for part in (site.encode(), self.roster[site])]
         return digest("kernel session", *(text.encode() for text in texts), *roster)
@@ -194,7 +196,8 @@ class KernelExchange:
 
     To agree on a new one: :meth:`offer`, :meth:`meet`, :meth:`contribute`, :meth:`agree`. To pass
     one on: :meth:`offer` and :meth:`meet` by all, then :meth:`hand_over` by the sponsor and
-    :meth:`take_over` by the others.
+    :meth:`take_over` by the others. To seal for each other under one that all hold: :meth:`offer`
+    and :meth:`meet`, then :meth:`seal_for` and :meth:`open_from`.
 
     Args:
         site: this site's name.

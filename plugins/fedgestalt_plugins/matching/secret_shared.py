@@ -13,8 +13,10 @@ The rules:
   division modulo 2^64 is needed: a party holds one matrix and multiplies once.
 - An answer is the weighted product and ``Zi - Zi+1`` (modulo 3), which cancel in the sum. ``Zi``
   is a keystream of a key that parties *i* and *i - 1* have from the owner of the rows, bound to
-  digests of all three parts of the question. So the answers are random but for their sum: the
-  asking site learns scores and nothing else about the rows, even if it asks in bad faith.
+  digests of all three parts of the question and to the number of rows. So the answers are random
+  but for their sum: the asking site learns scores and nothing else about the rows, even if it asks
+  in bad faith. (All parties may drop the same rows. Without their number, a question that is asked
+  before and after would find different rows behind the same keystream.)
 - The asking site hides each query q twice, behind secret random odd factors c and d: it asks
   ``c q`` and ``c d q``, and takes a sum of answers (u, w) only if ``w = d u`` and ``u / c``, twice
   the score, is even and within [-2, 2] but for rounding.
@@ -86,13 +88,13 @@ class SecretShared:
     roles: tuple[str, ...] = (SERVER, "first computing site", "second computing site")
     disclosure: Disclosure = Disclosure(
         server_learns=(
-            "How many images and queries each site sends, and how many dimensions an encoding has."
-            " No similarity, embedding, photo or label. Together with one of the two computing"
-            " sites it could read all encodings and queries."
+            "How many images and queries each site sends, opaque handles, and how many dimensions"
+            " an encoding has. No similarity, embedding, photo or label. Together with one of the"
+            " two computing sites it could read all encodings and queries."
         ),
         sites_learn=(
-            "Each of the two computing sites: the same sizes as the server, and nothing else; the"
-            " two together, or one with the server, could read all encodings and queries. Any other"
+            "Each of the two computing sites: the same as the server, and nothing else; the two"
+            " together, or one with the server, could read all encodings and queries. Any other"
             " site: nothing. All sites share the label key."
         ),
         asking_site_learns=(
@@ -138,7 +140,7 @@ class SecretShared:
         return Question(tuple(parts), secret)
 
     def receive(self, party: int, part: Part) -> Part:
-        """Make the party's matrix (n, f), for many questions.
+        """Make the party's matrix (n, f), for many questions; rows may be dropped from it.
 
         Raises:
             DataError: the part does not fit this party.
@@ -176,8 +178,9 @@ class SecretShared:
         with ThreadPoolExecutor(self.threads) as pool:
             list(pool.map(multiply, range(0, rows, _ROWS_AT_A_TIME)))
         answer = products.T * _WEIGHTS[party]
+        bound = digests + rows.to_bytes(8, "big")
         for own, combine in enumerate((np.add, np.subtract)):
-            zero_key = derive(gallery.keys[KEY_BYTES * own :][:KEY_BYTES], "answer/1", digests)
+            zero_key = derive(gallery.keys[KEY_BYTES * own :][:KEY_BYTES], "answer/2", bound)
             combine(answer, random_words(zero_key, 2 * count, rows), out=answer)
         return np.ascontiguousarray(answer).reshape(2, count, rows)
 

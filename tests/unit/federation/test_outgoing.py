@@ -31,6 +31,7 @@ from fedgestalt.federation.matching.messages import (
     KernelReady,
     Ranked,
     SharedEnrolment,
+    ShareHoldings,
 )
 from fedgestalt.federation.site.outgoing import SENT_FILE, OutgoingGuard, record_sent
 from fedgestalt.federation.site.settings import FILE_NAME
@@ -92,8 +93,11 @@ REPLIES: list[Message] = [
         bytes(64),
     ),
     Consent("a" * 32, bytes(64)),
+    ShareHoldings({"berlin": bytes(32)}),
     SharedEnrolment(
         "a" * 32,
+        HANDLES[:1],
+        bytes(16),
         HANDLES,
         np.zeros((2, SEALED_BYTES), np.uint8),
         HANDLES[1:],

@@ -229,6 +229,34 @@ def test_the_zeros_of_two_questions_have_nothing_in_common(party: int) -> None:
     assert is_uniform((second - first).tobytes())
 
 
+def less(part: Part, rows: list[int]) -> Part:
+    """A party's matrix after it has dropped all rows but these."""
+    return Part((len(rows), part.shape[1]), part.words[rows], part.keys)
+
+
+def test_rows_can_be_dropped_and_the_scores_of_the_others_stay() -> None:
+    parties = Parties()
+    received = [parties.strategy.receive(p, part) for p, part in enumerate(parties.gallery)]
+    answers = [
+        parties.strategy.compare(p, less(part, [1, 3]), parties.question.parts[p])
+        for p, part in enumerate(received)
+    ]
+    assert np.array_equal(parties.scores(answers), parties.scores(parties.answers())[:, [1, 3]])
+
+
+@pytest.mark.parametrize("party", range(PARTIES))
+def test_a_question_that_comes_again_finds_other_zeros_where_rows_were_dropped(party: int) -> None:
+    """Else the difference of two answers would show one party's products of unlike rows."""
+    parties = Parties(rows=np.repeat(unit_rows(1, 64), 300, axis=0))
+    received = parties.strategy.receive(party, parties.gallery[party])
+    blank = Part(received.shape, np.zeros_like(received.words), received.keys)
+    question = parties.question.parts[party]
+    zeros = parties.strategy.compare(party, blank, question)
+    again = parties.strategy.compare(party, less(blank, list(range(1, 300))), question)
+    assert np.array_equal(zeros, parties.strategy.compare(party, blank, question))
+    assert not np.isin(again, zeros).any()
+
+
 def test_an_asking_site_with_enough_questions_computes_the_gallery_as_the_disclosure_says() -> None:
     rows, size = unit_rows(5, 12), 12
     strategy = SecretShared(entropy=entropy())

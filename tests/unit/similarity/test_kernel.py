@@ -199,6 +199,7 @@ OTHERS: dict[str, Callable[[KernelFacts], KernelFacts]] = {
     "layout": lambda f: dataclasses.replace(f, layout="4x8"),
     "strategy": lambda f: dataclasses.replace(f, strategy="flake"),
     "sponsor": lambda f: dataclasses.replace(f, sponsor="berlin"),
+    "held": lambda f: dataclasses.replace(f, held="a" * 32),
     "a certificate": lambda f: dataclasses.replace(f, roster={**f.roster, "bonn": bytes(32)}),
 }
 

@@ -132,17 +132,30 @@ class KernelExchanges:
             PeerError: a site sent something wrong, or has another kernel.
         """
         while True:
-            if len(sites) < least:
-                raise ServerError(
-                    f"{len(sites)} sites are left to agree on a kernel, {least} are needed",
-                    where="kernel",
-                    remedy="bring the lost sites back",
-                )
+            _check_enough(sites, least, "agree on a kernel")
             facts, keys, lost = self._meet(sites, version, layout, "")
             ready: dict[str, str] = {}
             lost = lost or self._relay(keys, sites, ready)
             if not lost:
                 return self._one_kernel(ready, facts)
+            sites -= set(lost)
+
+    def meet(
+        self, sites: set[str], kernel: str, version: int, layout: str, least: int
+    ) -> KernelKeys:
+        """All of ``sites``, which hold a kernel, meet to seal for each other; returns their keys.
+
+        Whoever is lost meanwhile leaves ``sites``.
+
+        Raises:
+            ServerError: fewer than ``least`` are left.
+            PeerError: a site sent something wrong.
+        """
+        while True:
+            _check_enough(sites, least, "meet")
+            _, keys, lost = self._meet(sites, version, layout, "", kernel)
+            if not lost:
+                return keys
             sites -= set(lost)
 
     def _relay(
@@ -228,7 +241,7 @@ class KernelExchanges:
                 raise PeerError(f"it took over another kernel than {choice.kernel}", site=site)
 
     def _meet(
-        self, sites: Collection[str], version: int, layout: str, sponsor: str
+        self, sites: Collection[str], version: int, layout: str, sponsor: str, held: str = ""
     ) -> tuple[KernelFacts, KernelKeys, Collection[str]]:
         """Everybody's signed keys for one attempt, and who was lost meanwhile."""
         self._attempt += 1
@@ -241,6 +254,7 @@ class KernelExchanges:
             self._strategy,
             {site: self._members[site].identity.fingerprint for site in sites},
             sponsor,
+            held,
         )
         offered: dict[str, KernelKey] = {}
 
@@ -250,8 +264,8 @@ class KernelExchanges:
             offered[site] = key
 
         certificates = {site: self._members[site].certificate for site in sites}
-        by = (sponsor,) if sponsor else ()
-        start = ExchangeStart(self._attempt, version, layout, by, certificates)
+        by, under = (tuple(name for name in (some,) if name) for some in (sponsor, held))
+        start = ExchangeStart(self._attempt, version, layout, by, under, certificates)
         lost = self._gather(KERNEL_KEYS, start, on_key, set(sites))
         return facts, KernelKeys(offered), lost
 
@@ -269,6 +283,15 @@ class KernelExchanges:
             if kernel != ready[first]:
                 raise PeerError(f"its kernel differs from that of {first}", site=site)
         return ready[first]
+
+
+def _check_enough(sites: Collection[str], least: int, what: str) -> None:
+    if len(sites) < least:
+        raise ServerError(
+            f"{len(sites)} sites are left to {what}, {least} are needed",
+            where="kernel",
+            remedy="bring the lost sites back",
+        )
 
 
 def _sponsor_lost(sponsor: str) -> ServerError:

@@ -31,7 +31,7 @@ from fedgestalt.federation.matching.shares import SharingSite
 from fedgestalt.federation.matching.site import MatchingSite
 from fedgestalt.messages import from_server
 from fedgestalt.similarity.kernel import Kernel
-from fedgestalt.similarity.labels import HANDLE_BYTES, Label, open_label
+from fedgestalt.similarity.labels import Label, open_label
 
 _TOLERANCE: Final = 1e-4
 """Of a score whose value a site knows; float32 rows give 1e-6."""
@@ -67,6 +67,7 @@ def consider(
         if query.count:
             ledger.note(site, own.job, query.count)
     forget(own.store, message.withdrawn)
+    own.galleries.forget(message.withdrawn)
     statement = withdrawal_statement(
         own.job, kernel.id, own.site, handles_digest(message.withdrawn)
     )
@@ -86,9 +87,9 @@ def opened_shares(sharing: SharingSite, rows: OwnRows, message: Answers) -> Rele
         scores[:queries],
         columns[queries:],
         scores[queries:],
-        np.empty((0, HANDLE_BYTES), np.uint8),
-        {},
-        {},
+        message.withdrawn,
+        message.consents,
+        message.certificates,
     )
 
 
@@ -129,6 +130,7 @@ def keep_ranks(own: MatchingSite, kernel: Kernel, rows: OwnRows, released: Relea
         )
     if own.start.standing:
         own.kernels.retire_older_than(kernel)
+        own.galleries.keep_only(kernel.id, own.purpose)
     return Ranked(kernel.id)
 
 

@@ -77,55 +77,95 @@ class OwnRows:
         return self.encodings[[self.places[handle.tobytes().hex()] for handle in handles]]
 
 
+@dataclass(frozen=True)
+class _Update:
+    """What a site's part of a gallery becomes.
+
+    Attributes:
+        enrolled: the record, up to date but for planted rows.
+        images: to be enrolled, in their order.
+        planted: the planted rows that the gallery still has.
+        handle_of: handle by image.
+        added: images that are new.
+        removed: handles that the gallery has and that must go.
+        withdrawn: image by handle, of those that stood for one.
+    """
+
+    enrolled: Enrolled
+    images: list[str]
+    planted: dict[str, tuple[str, str]]
+    handle_of: dict[str, str]
+    added: list[str]
+    removed: list[str]
+    withdrawn: dict[str, str]
+
+    @classmethod
+    def of(cls, own: MatchingSite, kernel: Kernel, handles: Handles) -> _Update:
+        """With the handles that the gallery has of this site.
+
+        Raises:
+            SiteError: it has no image that it may enrol.
+        """
+        enrolled = own.kernels.enrolled(kernel) if own.start.standing else Enrolled()
+        wanted = wanted_images(own)
+        images = _in_order(own, wanted)
+        known = {handle.tobytes().hex() for handle in handles}
+        kept = enrolled.keep(known, wanted)
+        removed = sorted(known - kept.images.keys() - kept.planted.keys())
+        withdrawn = {h: enrolled.images[h][0] for h in removed if h in enrolled.images}
+        handle_of = {image: handle for handle, (image, _) in kept.images.items()}
+        added = [image for image in images if image not in handle_of]
+        handle_of |= {image: new_handle().hex() for image in added}
+        enrolled.images = {handle_of[image]: (image, wanted[image]) for image in images}
+        return cls(enrolled, images, kept.planted, handle_of, added, removed, withdrawn)
+
+    def rows(
+        self, own: MatchingSite, encodings: Encodings, places: dict[str, int], ask: int
+    ) -> OwnRows:
+        """The site's own rows, and what it asks if it may."""
+        asked = _asked(own, self.images) if ask else []
+        ids, handle_of = own.order.image_ids, self.handle_of
+        return OwnRows(
+            self.enrolled,
+            encodings,
+            places,
+            np.array(asked, np.int64),
+            stacked([handle_of[ids[number]] for number in asked]),
+            stacked(_yardstick(own, handle_of) if ask else []),
+            self.withdrawn,
+        )
+
+
 def enrol_rows(own: MatchingSite, kernel: Kernel, message: Enrol) -> tuple[OwnRows, Enrolment]:
     """Bring a site's part of a gallery of masked rows up to date.
 
     Raises:
         SiteError: it has no image that it may enrol.
     """
-    start, ids = own.start, own.order.image_ids
-    enrolled = own.kernels.enrolled(kernel) if start.standing else Enrolled()
-    wanted = wanted_images(own)
-    images = _in_order(own, wanted)
+    update = _Update.of(own, kernel, message.handles)
+    enrolled, images, handle_of = update.enrolled, update.images, update.handle_of
     place_of = {image: place for place, image in enumerate(images)}
-    known = {handle.tobytes().hex() for handle in message.handles}
-    kept = enrolled.keep(known, wanted)
-    removed = sorted(known - kept.images.keys() - kept.planted.keys())
-    withdrawn = {h: enrolled.images[h][0] for h in removed if h in enrolled.images}
-    handle_of = {image: handle for handle, (image, _) in kept.images.items()}
-    added = [image for image in images if image not in handle_of]
-    handle_of |= {image: new_handle().hex() for image in added}
     planted = {
-        new_handle().hex(): _pair(own, images) for _ in range(_PLANTED_ROWS - len(kept.planted))
+        new_handle().hex(): _pair(own, images) for _ in range(_PLANTED_ROWS - len(update.planted))
     }
-    enrolled.images = {handle_of[image]: (image, wanted[image]) for image in images}
-    enrolled.planted = {**kept.planted, **planted}
+    enrolled.planted = {**update.planted, **planted}
     encodings = own.encode(own.cohort.records(images))
     near, other = ([place_of[pair[side]] for pair in enrolled.planted.values()] for side in (0, 1))
     between = encodings[near] + _PLANTED_WEIGHT * encodings[other]
     between /= np.linalg.norm(between, axis=1, keepdims=True)
     places = {handle_of[image]: place for image, place in place_of.items()}
     places |= {h: len(images) + n for n, h in enumerate(enrolled.planted)}
-    new = [handle_of[image] for image in added] + list(planted)
+    new = [handle_of[image] for image in update.added] + list(planted)
     labels = [
-        *(_label(own, enrolled, image, handle_of[image], kernel) for image in added),
+        *(_label(own, enrolled, image, handle_of[image], kernel) for image in update.added),
         *(seal_label(Label(-1, PLANTED), kernel, bytes.fromhex(h)) for h in planted),
     ]
-    if start.standing:
+    if own.start.standing:
         own.kernels.keep_enrolled(kernel, enrolled)
-    asked = _asked(own, images) if message.ask else []
-    rows = OwnRows(
-        enrolled,
-        np.concatenate([encodings, between]),
-        places,
-        np.array(asked, np.int64),
-        stacked([handle_of[ids[number]] for number in asked]),
-        stacked(_yardstick(own, handle_of) if message.ask else []),
-        withdrawn,
-    )
+    rows = update.rows(own, np.concatenate([encodings, between]), places, message.ask)
     return rows, Enrolment(
         kernel.id,
-        stacked(removed),
+        stacked(update.removed),
         masked_rows(own, rows.encodings[[places[handle] for handle in new]], kernel),
         stacked(new),
         joined_labels(labels),
@@ -138,7 +178,7 @@ def enrol_rows(own: MatchingSite, kernel: Kernel, message: Enrol) -> tuple[OwnRo
 def enrol_shares(
     own: MatchingSite, kernel: Kernel, sharing: SharingSite, message: EnrolShares
 ) -> tuple[OwnRows, SharedEnrolment]:
-    """Send a site's rows and question in shares, where several parties compute.
+    """Bring a site's part of a gallery of shares up to date, and send its question in shares.
 
     Raises:
         ServerError: it is asked for another kernel or roster.
@@ -146,29 +186,35 @@ def enrol_shares(
     """
     if message.kernel != kernel.id or not set(message.computing) <= set(own.start.roster):
         raise ServerError("shares were asked for another kernel or roster", where=own.site)
-    ids, wanted = own.order.image_ids, wanted_images(own)
-    images = _in_order(own, wanted)
-    handle_of = {image: new_handle().hex() for image in images}
-    enrolled = Enrolled({handle_of[image]: (image, wanted[image]) for image in images})
-    asked = _asked(own, images) if message.ask else []
-    rows = OwnRows(
-        enrolled,
-        own.encode(own.cohort.records(images)),
-        {handle_of[image]: place for place, image in enumerate(images)},
-        np.array(asked, np.int64),
-        stacked([handle_of[ids[number]] for number in asked]),
-        stacked(_yardstick(own, handle_of) if message.ask else []),
+    update = _Update.of(own, kernel, message.handles)
+    enrolled, handle_of = update.enrolled, update.handle_of
+    had = [handle.tobytes().hex() for handle in message.handles]
+    staying = [handle for handle in had if handle in enrolled.images]
+    new = [handle_of[image] for image in update.added]
+    if not message.complete:  # the same handles: what others have stored of them stays valid
+        staying, new = [], staying + new
+    labels = [_label(own, enrolled, enrolled.images[h][0], h, kernel) for h in new]
+    if own.start.standing:
+        own.kernels.keep_enrolled(kernel, enrolled)
+    places = {handle_of[image]: place for place, image in enumerate(update.images)}
+    encodings = own.encode(own.cohort.records(update.images))
+    rows = update.rows(own, encodings, places, message.ask)
+    delivery, boxes = sharing.enrol(
+        encodings[[places[handle] for handle in new]],
+        rows.encodings_of(rows.all_asked),
+        stacked(staying + new),
+        kernel.masking_seed,
     )
-    queries = rows.encodings_of(rows.all_asked)
-    parts, boxes = sharing.enrol(rows.encodings, queries, kernel.masking_seed)
     return rows, SharedEnrolment(
         kernel.id,
-        stacked(list(handle_of.values())),
-        joined_labels([_label(own, enrolled, i, handle_of[i], kernel) for i in images]),
+        stacked(update.removed),
+        delivery.upload,
+        stacked(new),
+        joined_labels(labels),
         rows.queries,
         rows.yardstick,
         own.sign_queries(kernel.id, rows.all_asked),
-        parts,
+        (delivery.rows, delivery.question),
         boxes,
     )
 

@@ -42,6 +42,7 @@ class KernelSite:
     def __init__(self, own: MatchingSite, line: Line) -> None:
         self._own, self._line = own, line
         self._exchange: KernelExchange | None = None
+        self._meeting: KernelExchange | None = None
         self._attempt = 0
         self._kernel: Kernel | None = None
         self._sealed: NDArray[np.uint32] | None = None
@@ -82,18 +83,32 @@ class KernelSite:
         self._kernel = kernel
         return kernel
 
+    def meet(self, keys: KernelKeys) -> KernelExchange:
+        """Meet the others under a kernel that all hold, to seal for each other.
+
+        Raises:
+            ServerError: no such meeting was begun, or the keys are not those of its roster.
+            PeerError: a key is not signed by its site.
+        """
+        if self._meeting is None:
+            raise ServerError("a meeting of sites came before its start", where=self._own.site)
+        self._meeting.meet(keys)
+        return self._meeting
+
     # agreed on by all
 
     def offer(self, said: ExchangeStart) -> KernelKey:
         """Begin an exchange; returns this site's signed key for it."""
         own, start = self._own, self._own.start
-        sponsor = "".join(said.sponsor)
+        sponsor, held = "".join(said.sponsor), "".join(said.held)
         if said.attempt <= self._attempt:
             raise ServerError("a kernel exchange came for the second time", where=own.site)
         if not said.certificates.keys() <= set(start.roster):
             raise ServerError("a site takes part that is not in the job's roster", where=own.site)
         newest = max((k.version for k in self._held.values()), default=0)
-        if sponsor != own.site and said.version <= newest:
+        if held and self.use(held).version != said.version:
+            raise ServerError("it names a kernel by another version", where=own.site)
+        if not held and sponsor != own.site and said.version <= newest:
             raise ServerError(
                 f"it asks for kernel version {said.version}, this site has version {newest}",
                 where=own.site,
@@ -109,16 +124,21 @@ class KernelSite:
             start.strategy,
             {site: peer.fingerprint for site, peer in peers.items()},
             sponsor,
+            held,
         )
         self._attempt = said.attempt
-        self._exchange = KernelExchange(
+        exchange = KernelExchange(
             own.site,
             facts,
             own.identity,
             {site: peer for site, peer in peers.items() if site != own.site},
             minimum_sites=own.settings.minimum_sites,
         )
-        return self._exchange.offer()
+        if held:
+            self._meeting = exchange
+        else:
+            self._exchange = exchange
+        return exchange.offer()
 
     def contribute(self, keys: KernelKeys) -> SealedContributions:
         """Meet the others and seal this site's part of the secret for each."""

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedgestalt.contracts import MatchingStrategy
-from fedgestalt.errors import ServerError, SiteError
+from fedgestalt.errors import ServerError
 from fedgestalt.federation import tasks
 from fedgestalt.federation.job.executor import Handler, SiteExecutor
 from fedgestalt.federation.job.handshake import Present, present, versions
@@ -24,6 +24,7 @@ from fedgestalt.federation.matching.messages import (
     Agree,
     Answers,
     Ask,
+    AskShares,
     Compute,
     Computed,
     Consent,
@@ -42,9 +43,10 @@ from fedgestalt.federation.matching.messages import (
     ReleasedRows,
     SendEnsemble,
     SharedEnrolment,
+    ShareHoldings,
     TakeOver,
 )
-from fedgestalt.federation.matching.shares import SharingSite
+from fedgestalt.federation.matching.shares import SharingSite, holdings
 from fedgestalt.federation.matching.site import MatchingSite
 from fedgestalt.federation.site.settings import ALL_ROWS
 from fedgestalt.learning.encoding import layout_of
@@ -85,6 +87,7 @@ class FlakeMatcher(SiteExecutor):
             tasks.ENROL: self._enrol,
             tasks.CONSIDER: self._consider,
             tasks.RANK: self._rank,
+            tasks.SHARES_HELD: self._say_shares,
             tasks.ENROL_SHARES: self._enrol_shares,
             tasks.COMPUTE: self._compute,
             tasks.RANK_SHARES: self._rank_shares,
@@ -131,11 +134,6 @@ class FlakeMatcher(SiteExecutor):
         self.settings.check_release(start.released_rows)
         if len(strategy.roles) > 1:
             self.settings.check_release(ALL_ROWS)  # an asking site gets the scores of all rows
-            if start.standing:
-                raise SiteError(
-                    f"strategy {start.strategy!r} has no standing gallery",
-                    remedy="submit the job with kernel=session",
-                )
 
     def _hold(self, fields: object) -> Holdings:
         Ask.from_fields(fields, from_server)
@@ -175,10 +173,21 @@ class FlakeMatcher(SiteExecutor):
         self._own_rows, enrolment = enrol_rows(self._own, kernel, message)
         return enrolment
 
+    def _say_shares(self, fields: object) -> ShareHoldings:
+        message = AskShares.from_fields(fields, from_server)
+        kernel = self._kernel.use(message.kernel)
+        return ShareHoldings(holdings(self._own.open_gallery(kernel)))
+
     def _enrol_shares(self, fields: object) -> SharedEnrolment:
         message, own = EnrolShares.from_fields(fields, from_server), self._own
-        kernel, exchange = self._kernel.current, self._kernel.exchange
-        self._sharing = SharingSite(self.site, own.strategy, exchange, message.computing)
+        kernel, exchange = self._kernel.current, self._kernel.meet(message.keys)
+        self._sharing = SharingSite(
+            self.site,
+            own.strategy,
+            exchange,
+            message.computing,
+            lambda: own.open_gallery(kernel),
+        )
         self._own_rows, enrolment = enrol_shares(own, kernel, self._sharing, message)
         return enrolment
 

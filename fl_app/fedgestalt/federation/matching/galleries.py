@@ -1,7 +1,8 @@
-"""The server's standing galleries: masked rows, opaque handles and sealed labels, by kernel.
+"""Galleries: masked rows or shares, opaque handles and sealed labels, by kernel.
 
-A gallery is a folder with one file for each site, replaced as a whole, so that a server that dies
-and starts again has the rows of every site as they were before or after its last enrolment.
+The server keeps one, and so does each computing site of a strategy with several parties. A standing
+gallery is a folder with one file for each owner of rows, replaced as a whole, so that a party that
+dies and starts again has the rows of every owner as they were before or after the last enrolment.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -19,11 +20,17 @@ from zipfile import BadZipFile
 import numpy as np
 from numpy.typing import NDArray
 
-from fedgestalt.errors import PeerError, ServerError
-from fedgestalt.federation.matching.messages import Enrolment, Handles
+from fedgestalt.errors import FedgestaltError, PeerError, ServerError, SiteError
+from fedgestalt.federation.matching.messages import UPLOAD_BYTES, Handles
 from fedgestalt.similarity.labels import HANDLE_BYTES, SEALED_BYTES
 
 GALLERIES_FOLDER: Final = Path("fedgestalt") / "galleries"
+"""In the server's workspace."""
+
+SITE_GALLERIES_FOLDER: Final = "galleries"
+"""In a computing site's folder."""
+
+SERVER: Final = "server"
 _ABOUT: Final = "gallery.json"
 _SCHEMA: Final = "fedgestalt.gallery/1"
 
@@ -33,16 +40,32 @@ class Rows:
     """Rows of one or of all sites.
 
     Attributes:
-        rows: (n, k) masked encodings.
+        rows: (n, k) masked encodings, or one party's shares of encodings.
         handles, labels: (n, bytes).
+        keys: (n, bytes), of shares: the name of the upload with which a row came, and this party's
+            secret keys for that upload. Of masked rows, and of a computing site's labels, no bytes.
     """
 
-    rows: NDArray[np.float32]
+    rows: NDArray[Any]
     handles: Handles
     labels: NDArray[np.uint8]
+    keys: NDArray[np.uint8]
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def uploads(self) -> NDArray[np.uint8]:
+        """Names of the uploads with which the rows came, (n, ``UPLOAD_BYTES``)."""
+        return self.keys[:, :UPLOAD_BYTES]
+
+    def chosen(self, numbers: NDArray[np.int64] | slice) -> Rows:
+        """The rows with these numbers."""
+        return Rows(*(part[numbers] for part in self._columns))
+
+    @property
+    def _columns(self) -> tuple[NDArray[Any], ...]:
+        return self.rows, self.handles, self.labels, self.keys
 
     def at(self, handles: Handles) -> NDArray[np.int64]:
         """Numbers of the rows with these handles; -1 where there is none."""
@@ -50,10 +73,15 @@ class Rows:
         return np.array([numbers.get(handle.tobytes(), -1) for handle in handles], np.int64)
 
 
-def no_rows(dimensions: int = 0) -> Rows:
+def masked_rows(rows: NDArray[np.float32], handles: Handles, labels: NDArray[np.uint8]) -> Rows:
+    """Rows that the server alone compares."""
+    return Rows(rows, handles, labels, np.empty((len(rows), 0), np.uint8))
+
+
+def no_rows() -> Rows:
     """Of a site that has sent none yet."""
-    return Rows(
-        np.empty((0, dimensions), np.float32),
+    return masked_rows(
+        np.empty((0, 0), np.float32),
         np.empty((0, HANDLE_BYTES), np.uint8),
         np.empty((0, SEALED_BYTES), np.uint8),
     )
@@ -68,6 +96,7 @@ def joined(parts: Mapping[str, Rows]) -> Rows:
         np.concatenate([part.rows for part in some]),
         np.concatenate([part.handles for part in some]),
         np.concatenate([part.labels for part in some]),
+        np.concatenate([part.keys for part in some]),
     )
 
 
@@ -76,28 +105,29 @@ class Gallery:
 
     Args:
         folder: where it is kept; None keeps it in memory, for one job.
+        holder: the server or the computing site that keeps it.
     """
 
-    def __init__(self, folder: Path | None = None) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path | None = None, holder: str = SERVER) -> None:
+        self._folder, self._holder = folder, holder
         self._parts: dict[str, Rows] = {}
 
     def open(self) -> Gallery:
         """Read what was kept; returns itself.
 
         Raises:
-            ServerError: a file is damaged.
+            ServerError, SiteError: a file is damaged.
         """
         for path in sorted(self._folder.glob("*.npz")) if self._folder else ():
             try:
                 with np.load(path, allow_pickle=False) as kept:
-                    rows = Rows(kept["rows"], kept["handles"], kept["labels"])
+                    rows = Rows(kept["rows"], kept["handles"], kept["labels"], kept["keys"])
                     site = str(kept["site"])
             except (OSError, KeyError, ValueError, BadZipFile):
-                raise ServerError(
+                raise _fault(
+                    self._holder,
                     f"a file of the standing gallery is damaged ({path.name})",
-                    where="server",
-                    remedy="remove it; the next matching job enrols that site's images again",
+                    "remove it; the next matching job enrols that site's images again",
                 ) from None
             self._parts[site] = rows
         return self
@@ -107,39 +137,51 @@ class Gallery:
         return self._parts.get(site, no_rows())
 
     @property
+    def sites(self) -> list[str]:
+        """Whose rows there are, in order."""
+        return sorted(site for site, part in self._parts.items() if len(part))
+
+    @property
     def rows(self) -> Rows:
         """Everybody's."""
         return joined(self._parts)
 
-    def enrol(self, site: str, new: Enrolment) -> None:
+    def enrol(self, site: str, removed: Handles, added: Rows) -> None:
         """Take a site's new rows and drop those that it removes.
 
         Raises:
             PeerError: what it removes is not its own, what it adds is there already, or has other
                 dimensions than everybody's.
-            ServerError: it cannot be kept.
+            ServerError, SiteError: it cannot be kept.
         """
         own = self.part(site)
-        removed = own.at(new.removed)
-        if (removed < 0).any():
+        gone = own.at(removed)
+        if (gone < 0).any():
             raise PeerError("it removes rows that it does not have in the gallery", site=site)
-        everybody = joined(self._parts)
-        sent = {handle.tobytes() for handle in new.handles}
-        if len(sent) != len(new.handles) or (everybody.at(new.handles) >= 0).any():
+        left = own.chosen(np.setdiff1d(np.arange(len(own)), gone)) if len(gone) else own
+        others = [part for part in {**self._parts, site: left}.values() if len(part)]
+        known = {handle.tobytes() for part in others for handle in part.handles}
+        sent = {handle.tobytes() for handle in added.handles}
+        if len(sent) != len(added) or sent & known:
             raise PeerError("it sent a row twice", site=site)
-        if len(everybody) and len(new.rows) and everybody.rows.shape[1] != new.rows.shape[1]:
+        dimensions = {part.rows.shape[1] for part in others}
+        if len(added) and dimensions - {added.rows.shape[1]}:
             raise PeerError(
-                f"its rows have {new.rows.shape[1]} dimensions, the gallery"
-                f" {everybody.rows.shape[1]}",
+                f"its rows have {added.rows.shape[1]} dimensions, the gallery {max(dimensions)}",
                 site=site,
             )
-        kept = np.setdiff1d(np.arange(len(own)), removed)
-        left = Rows(own.rows[kept], own.handles[kept], own.labels[kept])
-        added = Rows(new.rows, new.handles, new.labels)
-        part = joined({"1": left, "2": added})
-        if len(removed) or len(added):
+        if len(gone) or len(added):
+            part = joined({"1": left, "2": added})
             self._keep(site, part)
-        self._parts[site] = part
+            self._parts[site] = part
+
+    def forget(self, handles: Handles) -> None:
+        """Drop the rows with these handles, whosever they are."""
+        for site, part in list(self._parts.items()):
+            kept = part.at(absent(part.handles, handles))
+            if len(kept) < len(part):
+                self._parts[site] = part.chosen(kept)
+                self._keep(site, self._parts[site])
 
     def _keep(self, site: str, part: Rows) -> None:
         if self._folder is None:
@@ -149,41 +191,63 @@ class Gallery:
             if len(part):
                 with _replacing(target) as file:
                     np.savez(
-                        file, rows=part.rows, handles=part.handles, labels=part.labels, site=site
+                        file,
+                        rows=part.rows,
+                        handles=part.handles,
+                        labels=part.labels,
+                        keys=part.keys,
+                        site=site,
                     )
             else:
                 target.unlink(missing_ok=True)
         except OSError as error:
-            raise _cannot_keep(error) from None
+            raise _cannot_keep(self._holder, error) from None
 
 
 class Galleries:
-    """All standing galleries of a server.
+    """All standing galleries of a server or a computing site.
 
     Args:
         folder: where they are.
+        holder: whose they are.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, holder: str = SERVER) -> None:
+        self._folder, self._holder = folder, holder
 
     def gallery(self, kernel: str) -> Gallery:
         """The gallery under a kernel, as it was left; empty if there is none."""
-        return Gallery(self._folder / kernel).open()
+        return Gallery(self._folder / kernel, self._holder).open()
 
-    def begin(self, kernel: str, purpose: Mapping[str, str], version: int) -> None:
-        """Make room for the gallery of a kernel, and note what it is for.
+    def begin(
+        self,
+        kernel: str,
+        purpose: Mapping[str, str],
+        version: int,
+        computing: Sequence[str] = (),
+    ) -> None:
+        """Make room for the gallery of a kernel; note what it is for, and who computes beside us.
 
         Raises:
-            ServerError: it cannot be kept.
+            ServerError, SiteError: it cannot be kept.
         """
         about = {"schema": _SCHEMA, "kernel": kernel, "version": version, "for": dict(purpose)}
+        about["computing"] = list(computing)
         try:
             (self._folder / kernel).mkdir(parents=True, exist_ok=True, mode=0o700)
             with _replacing(self._folder / kernel / _ABOUT) as file:
                 file.write(json.dumps(about, indent=1).encode())
         except OSError as error:
-            raise _cannot_keep(error) from None
+            raise _cannot_keep(self._holder, error) from None
+
+    def computing(self, kernel: str) -> tuple[str, ...]:
+        """The computing sites that hold shares of the gallery of a kernel."""
+        path = self._folder / kernel / _ABOUT
+        try:
+            about: Any = json.loads(path.read_text(encoding="utf-8"))
+            return tuple(str(site) for site in about["computing"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return ()
 
     def known(self, purpose: Mapping[str, str]) -> dict[str, int]:
         """Versions by kernel id, of the galleries for these encodings."""
@@ -197,9 +261,18 @@ class Galleries:
                 continue
         return found
 
-    def drop(self, kernel: str) -> None:
-        """Remove a gallery."""
-        shutil.rmtree(self._folder / kernel, ignore_errors=True)
+    def keep_only(self, kernel: str, purpose: Mapping[str, str]) -> None:
+        """Remove all other galleries for these encodings."""
+        for other in self.known(purpose):
+            if other != kernel:
+                shutil.rmtree(self._folder / other, ignore_errors=True)
+
+    def forget(self, handles: Handles) -> None:
+        """Drop the rows with these handles from every gallery."""
+        for folder in (
+            {path.parent for path in self._folder.glob("*/*.npz")} if len(handles) else ()
+        ):
+            self.gallery(folder.name).forget(handles)
 
     def withdraw(self, site: str, handles: Handles, kernel: str) -> None:
         """Nothing of a withdrawn row stays under another kernel: its site's rows go there."""
@@ -229,9 +302,20 @@ class _replacing:  # noqa: N801  used as a statement
             self._temporary.unlink(missing_ok=True)
 
 
-def _cannot_keep(error: OSError) -> ServerError:
-    return ServerError(
+def absent(some: Handles, others: Handles) -> Handles:
+    """Those of some handles that are not among others, in their order."""
+    gone = {handle.tobytes() for handle in others}
+    return some[[number for number, handle in enumerate(some) if handle.tobytes() not in gone]]
+
+
+def _cannot_keep(holder: str, error: OSError) -> FedgestaltError:
+    return _fault(
+        holder,
         f"the standing gallery cannot be kept ({error.strerror})",
-        where="server",
-        remedy="free disk space there; what was enrolled before is untouched",
+        "free disk space there; what was enrolled before is untouched",
     )
+
+
+def _fault(holder: str, what: str, remedy: str) -> FedgestaltError:
+    kind = ServerError if holder == SERVER else SiteError
+    return kind(what, where=holder, remedy=remedy)

@@ -39,6 +39,7 @@ MATCH, ONBOARD, GALLERY, DISCOVER = "match", "onboard", "gallery", "discover"
 """What a matching job is for: also the names of the job templates, which a site's policy lists."""
 
 KERNEL_DIGITS: Final = 32
+UPLOAD_BYTES: Final = 16
 YARDSTICK_ROWS: Final = 32
 """Best rows that a site gets for each of its yardstick's images."""
 MAXIMUM_YARDSTICK: Final = 999
@@ -109,14 +110,16 @@ class ExchangeStart(Message):
     Attributes:
         attempt, version, layout: see :class:`fedgestalt.similarity.kernel.KernelFacts`.
         sponsor: who hands its kernel over; nobody if all agree on a new one.
+        held: the kernel that all hold already, if they meet to seal for each other.
         certificates: PEM, of all who take part.
     """
 
-    schema: ClassVar[str] = "fedgestalt.matching.exchange-start/1"
+    schema: ClassVar[str] = "fedgestalt.matching.exchange-start/2"
     attempt: int = integer(1, 10**6)
     version: int = integer(1, MAXIMUM_VERSION)
     layout: str = word(200)
     sponsor: tuple[str, ...] = several(text(), 1)
+    held: tuple[str, ...] = several(text(), 1)
     certificates: Mapping[str, bytes] = octets_by_site(1, 1 << 14)
 
 
@@ -354,36 +357,66 @@ class Ranked(Message):
 
 
 @dataclass(frozen=True)
+class AskShares(Message):
+    """Server to a computing site: say whose shares you hold."""
+
+    schema: ClassVar[str] = "fedgestalt.matching.ask-shares/1"
+    kernel: str = hexadecimal(KERNEL_DIGITS)
+
+
+@dataclass(frozen=True)
+class ShareHoldings(Message):
+    """Computing site to server: what it holds.
+
+    Attributes:
+        digests: of handles and uploads, in their order, by owner.
+    """
+
+    schema: ClassVar[str] = "fedgestalt.matching.share-holdings/1"
+    digests: Mapping[str, bytes] = octets_by_site(32)
+
+
+@dataclass(frozen=True)
 class EnrolShares(Message):
-    """Server to a site: send your rows and queries in shares.
+    """Server to a site: bring your part of the gallery of shares up to date.
 
     Attributes:
         kernel: whose label key seals the labels.
         computing: the computing sites, parties 1 and on; party 0 is the server.
+        handles: of the rows that the server has of this site.
+        complete: 1 if all parties hold their shares of these rows; 0 asks for all shares anew.
         ask: 1 if the site may ask about its queries.
+        keys: of all sites, to seal for the computing sites.
     """
 
-    schema: ClassVar[str] = "fedgestalt.matching.enrol-shares/1"
+    schema: ClassVar[str] = "fedgestalt.matching.enrol-shares/2"
     kernel: str = hexadecimal(KERNEL_DIGITS)
     computing: tuple[str, ...] = several(text(), 8)
+    handles: Handles = array("uint8", 2)
+    complete: int = integer(0, 1)
     ask: int = integer(0, 1)
+    keys: KernelKeys = message(KernelKeys)
 
 
 @dataclass(frozen=True)
 class SharedEnrolment(Message):
-    """Site to server: its rows and queries, of which the server can read its own share alone.
+    """Site to server: new rows and queries, of which the server can read its own share alone.
 
     Attributes:
         kernel: whose label key seals the labels.
-        handles, labels: of the rows, ``HANDLE_BYTES`` and ``SEALED_BYTES`` each.
+        removed: handles of rows that must go.
+        upload: names these shares, which belong together; of zeros without new rows.
+        handles, labels: of the new rows, ``HANDLE_BYTES`` and ``SEALED_BYTES`` each.
         queries, yardstick: handles of the rows that it asks about, in this order in the question.
         signature: over :func:`query_statement`, for the other sites.
-        parts: the server's part of the rows, and of the question; the latter is empty without one.
+        parts: the server's part of the rows, and of the question; each empty without one.
         boxes: the same for each computing site, sealed for it; a computing site keeps its own.
     """
 
-    schema: ClassVar[str] = "fedgestalt.matching.shared-enrolment/2"
+    schema: ClassVar[str] = "fedgestalt.matching.shared-enrolment/3"
     kernel: str = hexadecimal(KERNEL_DIGITS)
+    removed: Handles = array("uint8", 2)
+    upload: bytes = octets(UPLOAD_BYTES)
     handles: Handles = array("uint8", 2)
     labels: NDArray[np.uint8] = array("uint8", 2)
     queries: Handles = array("uint8", 2)
@@ -400,20 +433,15 @@ class SharedEnrolment(Message):
     def check(self, fault: Fault) -> None:
         """Raise ``fault`` if the parts do not belong together."""
         count = len(self.handles)
-        if (
-            not count
-            or self.handles.shape != (count, HANDLE_BYTES)
-            or self.labels.shape != (count, SEALED_BYTES)
-            or {self.queries.shape[1], self.yardstick.shape[1]} != {HANDLE_BYTES}
-            or len(self.parts) != 2
-        ):
-            raise fault(f"{count} rows do not go with its handles, labels, queries and parts")
-        known = {handle.tobytes() for handle in self.handles}
-        asked = {handle.tobytes() for handle in self.asked}
-        if len(known) != count or len(asked) != len(self.asked):
-            raise fault("it sent a row twice")
-        if not asked <= known:
-            raise fault("it asks about a row that it has not enrolled")
+        lists = (self.removed, self.queries, self.yardstick)
+        if {some.shape[1] for some in lists} != {HANDLE_BYTES} or len(self.parts) != 2:
+            raise fault(f"{count} rows do not go with its queries and parts")
+        _check_handles(self.handles, self.labels, count, fault)
+        if bool(self.parts[0]) != bool(count):
+            raise fault(f"{count} rows do not go with its shares")
+        for what, handles in (("removes", self.removed), ("asks about", self.asked)):
+            if len({handle.tobytes() for handle in handles}) != len(handles):
+                raise fault(f"it {what} the same row twice")
 
 
 @dataclass(frozen=True)
@@ -423,11 +451,13 @@ class Compute(Message):
     Attributes:
         boxes: by site; not the computing site's own.
         order: of the owners in each answer, at random: it does not say whose row is whose.
+        digests: of each owner's shares as the server holds them now; see :class:`ShareHoldings`.
     """
 
-    schema: ClassVar[str] = "fedgestalt.matching.compute/1"
+    schema: ClassVar[str] = "fedgestalt.matching.compute/2"
     boxes: Mapping[str, bytes] = octets_by_site()
     order: tuple[str, ...] = several(text(), MAXIMUM_SITES)
+    digests: tuple[bytes, ...] = several(octets(32), MAXIMUM_SITES)
 
 
 @dataclass(frozen=True)
@@ -447,14 +477,18 @@ class Answers(Message):
         counts: how many rows each owner has, in that order.
         answer: the server's own.
         boxes: of the computing sites, by name.
+        withdrawn, consents, certificates: see :class:`ReleasedRows`.
     """
 
-    schema: ClassVar[str] = "fedgestalt.matching.answers/1"
+    schema: ClassVar[str] = "fedgestalt.matching.answers/2"
     handles: Handles = array("uint8", 2)
     labels: NDArray[np.uint8] = array("uint8", 2)
     counts: tuple[int, ...] = several(integer(1, _ROW_LIMIT), MAXIMUM_SITES)
     answer: bytes = octets(0, _WORDS_LIMIT)
     boxes: Mapping[str, bytes] = octets_by_site()
+    withdrawn: Handles = array("uint8", 2)
+    consents: Mapping[str, bytes] = octets_by_site(1, _SIGNATURE_LIMIT)
+    certificates: Mapping[str, bytes] = octets_by_site(1, 1 << 14)
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,26 @@
 """Strategies with several computing parties: parts and answers on their way.
 
 Party 0 is the server, the others are sites. What a site gets travels sealed for it, between sites
-that have met in the kernel exchange.
+that have met under their kernel.
+
+The rules of a gallery of shares:
+
+- Every party keeps its part of every row, with the row's handle and the name of the upload with
+  which it came. Parts of one upload alone belong together.
+- An owner lists all its rows, in their order, to every party, with the shares of the new ones; a
+  party drops what is not listed. What is left and what is new must be what is listed.
+- Before owners send, the computing sites state a digest of what they hold of each owner. Where a
+  party holds something else than the server, the owner shares all its rows again.
+- Before it compares, a computing site checks that it holds of each owner what the server holds.
 """
 
 from __future__ import annotations
 
+import itertools
+import secrets
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -15,9 +28,12 @@ from numpy.typing import NDArray
 
 from fedgestalt.contracts import MatchingStrategy, Part, Question
 from fedgestalt.errors import DataError, PeerError, ServerError
-from fedgestalt.federation.matching.messages import Answers, Compute
+from fedgestalt.federation.matching.galleries import Gallery, Rows, absent, no_rows
+from fedgestalt.federation.matching.messages import UPLOAD_BYTES, Answers, Compute, Handles
+from fedgestalt.keys import digest
 from fedgestalt.messages import Fault, from_server, from_site
 from fedgestalt.similarity.kernel import KernelExchange
+from fedgestalt.similarity.labels import HANDLE_BYTES
 
 Encodings = NDArray[np.float32]
 
@@ -66,32 +82,94 @@ def unbundled(content: bytes, fault: Fault) -> list[bytes]:
     return pieces
 
 
+@dataclass(frozen=True)
+class Delivery:
+    """What an owner gives one computing party.
+
+    Attributes:
+        upload: names the shares that came together, ``UPLOAD_BYTES``.
+        listed: handles of all rows that the owner has from now on, in the order of all parties;
+            new ones last.
+        rows: this party's part of the new ones, packed; empty if there are none.
+        question: this party's part of its question, packed; empty if it asks nothing.
+    """
+
+    upload: bytes
+    listed: Handles
+    rows: bytes
+    question: bytes
+
+    def packed(self) -> bytes:
+        """All of it, as bytes."""
+        return bundled((self.upload, self.listed.tobytes(), self.rows, self.question))
+
+    @classmethod
+    def unpacked(cls, content: bytes, fault: Fault) -> Delivery:
+        """What :meth:`packed` made; raises ``fault`` if it is not that."""
+        pieces = unbundled(content, fault)
+        if len(pieces) != 4 or len(pieces[0]) != UPLOAD_BYTES or len(pieces[1]) % HANDLE_BYTES:
+            raise fault("its shares are not those of rows and a question")
+        listed = np.frombuffer(pieces[1], np.uint8).reshape(-1, HANDLE_BYTES)
+        return cls(pieces[0], listed, pieces[2], pieces[3])
+
+
 class Party:
     """One computing party of one job: it compares every question with every owner's rows.
 
     Args:
         strategy: with several roles.
         number: which party.
+        gallery: the shares that it holds.
     """
 
-    def __init__(self, strategy: MatchingStrategy, number: int) -> None:
-        self._strategy, self._number = strategy, number
-        self._galleries: dict[str, Part] = {}
+    def __init__(self, strategy: MatchingStrategy, number: int, gallery: Gallery) -> None:
+        self._strategy, self._number, self._gallery = strategy, number, gallery
         self._questions: dict[str, Part] = {}
 
-    def take(self, site: str, gallery: bytes, question: bytes, fault: Fault) -> None:
-        """Take a site's parts of its rows and, if it asks, of its question.
+    def take(
+        self, site: str, came: Delivery, fault: Fault, labels: NDArray[np.uint8] | None = None
+    ) -> None:
+        """Take a site's parts of its new rows and, if it asks, of its question.
+
+        What the site does not list any more goes.
+
+        Args:
+            site: the owner.
+            came: what it sent.
+            fault: if it is not what this party should get.
+            labels: of the new rows, sealed; the server alone keeps them.
 
         Raises:
-            FedgestaltError: ``fault`` if they are not what this party should get.
+            FedgestaltError: ``fault``; or the rows cannot be kept.
         """
         try:
-            part = unpacked(gallery, fault)
-            self._galleries[site] = self._strategy.receive(self._number, part)
-            if question:
-                self._questions[site] = unpacked(question, fault)
+            added = self._received(came, labels, fault)
+            if came.question:
+                self._questions[site] = unpacked(came.question, fault)
         except DataError as error:
             raise fault(error.what) from None
+        own = self._gallery.part(site).handles
+        gone = absent(own, came.listed[: len(came.listed) - len(added)])
+        self._gallery.enrol(site, gone, added)
+        if not np.array_equal(self._gallery.part(site).handles, came.listed):
+            raise fault("its new shares do not complete those that are held of it")
+
+    def _received(self, came: Delivery, labels: NDArray[np.uint8] | None, fault: Fault) -> Rows:
+        if not came.rows:
+            return no_rows()
+        part = self._strategy.receive(self._number, unpacked(came.rows, fault))
+        count = part.shape[0]
+        if count > len(came.listed):
+            raise fault(f"it sent shares of {count} rows and lists {len(came.listed)}")
+        if labels is not None and len(labels) != count:
+            raise fault(f"it sent shares of {count} rows and labels of {len(labels)}")
+        keys = np.frombuffer(came.upload + part.keys, np.uint8)
+        return Rows(
+            part.words,
+            came.listed[len(came.listed) - count :],
+            np.empty((count, 0), np.uint8) if labels is None else labels,
+            np.tile(keys, (count, 1)),
+        )
 
     @property
     def queries(self) -> dict[str, int]:
@@ -102,15 +180,37 @@ class Party:
         """By asking site, this party's answers on all owners' rows in ``order``."""
         found = {}
         for site, question in self._questions.items():
-            pieces = []
-            for owner in order:
-                try:
-                    gallery = self._galleries[owner]
-                    pieces.append(self._strategy.compare(self._number, gallery, question).tobytes())
-                except DataError as error:
-                    raise faults[site](error.what) from None
-            found[site] = bundled(pieces)
+            try:
+                found[site] = bundled([self._answer(owner, question) for owner in order])
+            except DataError as error:
+                raise faults[site](error.what) from None
         return found
+
+    def _answer(self, owner: str, question: Part) -> bytes:
+        rows = self._gallery.part(owner)
+        parts = []
+        for some in _by_upload(rows):
+            keys = some.keys[0, UPLOAD_BYTES:].tobytes()
+            part = Part((len(some), some.rows.shape[1]), some.rows, keys)
+            parts.append(self._strategy.compare(self._number, part, question))
+        return np.concatenate(parts, axis=-1).tobytes()
+
+
+def holdings(gallery: Gallery) -> dict[str, bytes]:
+    """By owner, a digest of which shares a party holds: handles and uploads, in their order."""
+    found = {}
+    for site in gallery.sites:
+        rows = gallery.part(site)
+        named = np.concatenate([rows.uploads, rows.handles], axis=1)
+        found[site] = digest("matching shares", site.encode(), named.tobytes())
+    return found
+
+
+def _by_upload(rows: Rows) -> list[Rows]:
+    """The rows, cut where another upload begins."""
+    cuts = np.flatnonzero((rows.uploads[1:] != rows.uploads[:-1]).any(axis=1)) + 1
+    ends = [0, *cuts.tolist(), len(rows)]
+    return [rows.chosen(slice(start, end)) for start, end in itertools.pairwise(ends)]
 
 
 class SharingSite:
@@ -121,6 +221,7 @@ class SharingSite:
         strategy: with several roles.
         exchange: in which the sites have met.
         computing: the computing sites, parties 1 and on.
+        gallery: opens the shares that this site holds if it computes.
 
     Raises:
         ServerError: they are not as many different sites as the strategy asks for.
@@ -132,35 +233,48 @@ class SharingSite:
         strategy: MatchingStrategy,
         exchange: KernelExchange,
         computing: Sequence[str],
+        gallery: Callable[[], Gallery] = Gallery,
     ) -> None:
         if len(set(computing)) != len(strategy.roles) - 1 or len(computing) != len(set(computing)):
             raise ServerError(
                 f"{len(strategy.roles) - 1} different computing sites are needed", where=site
             )
         self._site, self._strategy, self._exchange = site, strategy, exchange
-        self._computing = tuple(computing)
+        self._computing, self._open_gallery = tuple(computing), gallery
         self._question: Question | None = None
-        number = self._computing.index(site) + 1 if site in computing else 0
-        self._party = Party(strategy, number) if number else None
+        self._mine: Delivery | None = None
         self._own: dict[str, bytes] = {}
 
     def enrol(
-        self, rows: Encodings, queries: Encodings, seed: bytes
-    ) -> tuple[tuple[bytes, bytes], dict[str, bytes]]:
-        """The server's parts of rows and question, and a box for each other computing site."""
-        galleries = [packed(part) for part in self._strategy.enrol(rows, seed)]
-        questions = [b""] * len(galleries)
+        self, new: Encodings, queries: Encodings, listed: Handles, seed: bytes
+    ) -> tuple[Delivery, dict[str, bytes]]:
+        """What the server gets, and a box for each other computing site.
+
+        Args:
+            new: (n, d) rows to share.
+            queries: (q, d) rows to ask about.
+            listed: handles of all rows that this site has from now on, the new ones last.
+            seed: of the sites.
+        """
+        galleries = questions = [b""] * len(self._strategy.roles)
+        upload = bytes(UPLOAD_BYTES)
+        if len(new):
+            upload = secrets.token_bytes(UPLOAD_BYTES)
+            galleries = [packed(part) for part in self._strategy.enrol(new, seed)]
         if len(queries):
             self._question = self._strategy.ask(queries, seed)
             questions = [packed(part) for part in self._question.parts]
+        deliveries = [
+            Delivery(upload, listed, rows, question)
+            for rows, question in zip(galleries, questions, strict=True)
+        ]
         boxes = {}
         for party, site in enumerate(self._computing, 1):
-            if site == self._site and self._party:
-                self._party.take(site, galleries[party], questions[party], from_site(site))
+            if site == self._site:
+                self._mine = deliveries[party]
             else:
-                content = bundled((galleries[party], questions[party]))
-                boxes[site] = self._exchange.seal_for(site, _SHARES, content)
-        return (galleries[0], questions[0]), boxes
+                boxes[site] = self._exchange.seal_for(site, _SHARES, deliveries[party].packed())
+        return deliveries[0], boxes
 
     def compute(self, message: Compute, queries: Mapping[str, int]) -> dict[str, bytes]:
         """The answers of this computing site, sealed for who asks.
@@ -170,33 +284,44 @@ class SharingSite:
             queries: how many queries each site has announced to all.
 
         Raises:
-            ServerError: this site computes nothing, or the owners are not in order.
+            ServerError: this site computes nothing, the owners are not in order, or the server
+                holds other shares.
             PeerError: a share is none, or a site asks more than it has announced.
         """
-        if self._party is None:
+        if self._mine is None:
             raise ServerError("it asks a site to compute that does not", where=self._site)
+        gallery = self._open_gallery()
+        party = Party(self._strategy, self._computing.index(self._site) + 1, gallery)
+        party.take(self._site, self._mine, from_site(self._site))
         for site, box in message.boxes.items():
             content = self._exchange.open_from(site, _SHARES, box)
-            pieces = unbundled(content, from_site(site))
-            if len(pieces) != 2:
-                raise PeerError("its shares are not those of rows and a question", site=site)
-            self._party.take(site, pieces[0], pieces[1], from_site(site))
-        owners = {*message.boxes, self._site}
-        if set(message.order) != owners or len(message.order) != len(owners):
-            raise ServerError("the order of owners is not theirs", where=self._site)
-        for site, count in self._party.queries.items():
+            party.take(site, Delivery.unpacked(content, from_site(site)), from_site(site))
+        self._check_order(message, gallery)
+        for site, count in party.queries.items():
             if count != queries.get(site, 0):
                 raise PeerError(
                     f"it asks {count} queries and has announced {queries.get(site, 0)}", site=site
                 )
-        faults = {site: from_site(site) for site in owners}
-        found = self._party.answers(message.order, faults)
+        found = party.answers(message.order, {site: from_site(site) for site in party.queries})
         self._own = {site: answer for site, answer in found.items() if site == self._site}
         return {
             site: self._exchange.seal_for(site, _ANSWER, answer)
             for site, answer in found.items()
             if site != self._site
         }
+
+    def _check_order(self, message: Compute, gallery: Gallery) -> None:
+        named = len(set(message.order)) == len(message.order) == len(message.digests)
+        if not named or not {*message.boxes, self._site} <= set(message.order):
+            raise ServerError("the order of owners is not theirs", where=self._site)
+        held = holdings(gallery)
+        for owner, stated in zip(message.order, message.digests, strict=True):
+            if held.get(owner) != stated:
+                raise ServerError(
+                    f"this site and the server hold different shares of the rows of {owner}",
+                    where=self._site,
+                    remedy="submit the job again: they are enrolled again; nothing was compared",
+                )
 
     def open(self, message: Answers) -> NDArray[np.float32]:
         """Scores (queries, rows), in the order of the message.

@@ -17,6 +17,7 @@ from fedgestalt.cohort.phenotype import known_terms
 from fedgestalt.contracts import MatchingStrategy, RankingStrategy
 from fedgestalt.errors import ConfigError, ServerError, SiteError
 from fedgestalt.federation.job.identity import Identity, PublicIdentity, Trust
+from fedgestalt.federation.matching.galleries import SITE_GALLERIES_FOLDER, Galleries, Gallery
 from fedgestalt.federation.matching.holdings import KernelStore
 from fedgestalt.federation.matching.messages import (
     DISCOVER,
@@ -33,6 +34,7 @@ from fedgestalt.learning.encoding import Encodings, encode
 from fedgestalt.learning.ensemble import Ensemble
 from fedgestalt.learning.images import FaceFiles
 from fedgestalt.learning.store import load_ensemble
+from fedgestalt.similarity.kernel import Kernel
 from fedgestalt.similarity.order import ImageOrder, image_order
 
 
@@ -116,6 +118,23 @@ class MatchingSite:
     def registry(self) -> Registry:
         """The installed plugins, with its folder of weights files."""
         return get_registry().with_weights(self.settings.weights_folder(self.site))
+
+    @property
+    def purpose(self) -> dict[str, str]:
+        """What its galleries of shares are for."""
+        return {"ensemble": self.start.ensemble, "strategy": self.start.strategy}
+
+    @property
+    def galleries(self) -> Galleries:
+        """The shares that it holds as a computing site, in standing galleries."""
+        return Galleries(self.store / SITE_GALLERIES_FOLDER, self.site)
+
+    def open_gallery(self, kernel: Kernel) -> Gallery:
+        """The shares that it holds under a kernel; kept beyond the job if the kernel is."""
+        if not self.start.standing:
+            return Gallery()
+        self.galleries.begin(kernel.id, self.purpose, kernel.version)
+        return self.galleries.gallery(kernel.id)
 
     @property
     def ensemble_folder(self) -> Path:

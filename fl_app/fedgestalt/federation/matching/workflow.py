@@ -11,7 +11,6 @@ A site that is lost is left out: its queries stay unanswered, its rows of a stan
 from __future__ import annotations
 
 import datetime as dt
-import secrets
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -27,20 +26,22 @@ from fedgestalt.federation.job.identity import Trust
 from fedgestalt.federation.job.transfer import DownloadDesk, UploadDesk
 from fedgestalt.federation.job.workflow import OnReply, PhasedWorkflow
 from fedgestalt.federation.matching.agreement import Choice, KernelExchanges, Member, choose
-from fedgestalt.federation.matching.galleries import GALLERIES_FOLDER, Galleries, Gallery, Rows
+from fedgestalt.federation.matching.galleries import (
+    GALLERIES_FOLDER,
+    Galleries,
+    Gallery,
+    Rows,
+    masked_rows,
+)
 from fedgestalt.federation.matching.messages import (
     GALLERY,
     MATCH,
     YARDSTICK_ROWS,
-    Answers,
     Ask,
-    Compute,
-    Computed,
     Consent,
     Consider,
     Enrol,
     Enrolment,
-    EnrolShares,
     Handles,
     Holdings,
     MatchStart,
@@ -52,13 +53,11 @@ from fedgestalt.federation.matching.messages import (
     query_statement,
     withdrawal_statement,
 )
-from fedgestalt.federation.matching.shares import Party
+from fedgestalt.federation.matching.parties import Parties
 from fedgestalt.federation.site.settings import ALL_ROWS
 from fedgestalt.federation.tasks import (
-    COMPUTE,
     CONSIDER,
     ENROL,
-    ENROL_SHARES,
     HOLDINGS,
     RANK,
     RANK_SHARES,
@@ -228,9 +227,7 @@ class FlakeSimilarityWorkflow(PhasedWorkflow):
         rows = gallery.rows
         self._release(rows, kernel, queries, withdrawn, consents)
         if self._standing:
-            for other in self._galleries.known(self._for):
-                if other != kernel:
-                    self._galleries.drop(other)
+            self._galleries.keep_only(kernel, self._for)
         if self._keep_gram:
             gram = dense_gram(rows.rows, rows.rows, similarities_of(strategy))
             np.savez(self.folder / GRAM_FILE, gram=gram, handles=rows.handles)
@@ -281,7 +278,7 @@ class FlakeSimilarityWorkflow(PhasedWorkflow):
                 where="kernel",
             )
         (layout,) = layouts
-        exchanges = KernelExchanges(
+        exchanges = self._exchanges = KernelExchanges(
             self._job,
             self._ensemble,
             self._strategy,
@@ -304,8 +301,10 @@ class FlakeSimilarityWorkflow(PhasedWorkflow):
                     remedy="run a matching job with a standing kernel first, then onboard it",
                 )
             kernel = exchanges.agree(self.here, choice.version, layout, self._minimum)
+        self._settled = choice.version, layout
+        self._computing = self._choose_computing(kernel)
         if self._standing:
-            self._galleries.begin(kernel, self._for, choice.version)
+            self._galleries.begin(kernel, self._for, choice.version, self._computing)
         return kernel, choice.version
 
     def _hand_over(
@@ -347,7 +346,7 @@ class FlakeSimilarityWorkflow(PhasedWorkflow):
             new.check(fault)
             if new.kernel != kernel:
                 raise PeerError(f"it enrolled under kernel {new.kernel}, not {kernel}", site=site)
-            gallery.enrol(site, new)
+            gallery.enrol(site, new.removed, masked_rows(new.rows, new.handles, new.labels))
             if len(new.removed):
                 self._galleries.withdraw(site, new.removed, kernel)
             if (gallery.part(site).at(new.asked) < 0).any():
@@ -433,55 +432,25 @@ class FlakeSimilarityWorkflow(PhasedWorkflow):
 
     def _match_shares(self, kernel: str, strategy: MatchingStrategy) -> dict[str, Any]:
         """The server is one of several parties, of which none sees a score."""
-        computing = tuple(self._computing or sorted(self.here)[: len(strategy.roles) - 1])
-        if not set(computing) <= self.here:
-            raise ServerError(
-                f"the computing sites {', '.join(computing)} are not all there", where="job"
-            )
-        enrolled: dict[str, SharedEnrolment] = {}
-        party = Party(strategy, 0)
-
-        def on_enrolment(site: str, fields: object) -> None:
-            fault = from_site(site)
-            new = SharedEnrolment.from_fields(fields, fault)
-            new.check(fault)
-            if new.kernel != kernel or new.boxes.keys() != set(computing) - {site}:
-                raise PeerError("its shares are not for the job's computing sites", site=site)
-            self._check_query(kernel, site, new.asked, new.signature)
-            party.take(site, new.parts[0], new.parts[1], fault)
-            if party.queries.get(site, 0) != len(new.asked):
-                raise PeerError("its question is not about the rows that it names", site=site)
-            enrolled[site] = new
-
-        asks = int(self._purpose != GALLERY)
-        self.ask(ENROL_SHARES, EnrolShares(kernel, computing, asks), on_enrolment, set(self.here))
-        self._consider(kernel, enrolled, np.empty((0, HANDLE_BYTES), np.uint8))
-        order = sorted(enrolled)
-        secrets.SystemRandom().shuffle(order)
-        sealed: dict[str, dict[str, bytes]] = {site: {} for site in enrolled}
-
-        def on_computed(site: str, fields: object) -> None:
-            answers = Computed.from_fields(fields, from_site(site)).answers
-            if answers.keys() != {s for s in party.queries if s != site}:
-                raise PeerError("its answers are not for the sites that ask", site=site)
-            for asking, box in answers.items():
-                sealed[asking][site] = box
-
-        messages = {
-            site: Compute(
-                {s: new.boxes[site] for s, new in enrolled.items() if s != site}, tuple(order)
-            )
-            for site in computing
-        }
-        if self.ask(COMPUTE, messages, on_computed, computing):
-            raise ServerError("a computing site was lost", where="job", remedy="submit it again")
-        own = party.answers(order, {site: from_site(site) for site in enrolled})
-        handles = np.concatenate([enrolled[site].handles for site in order])
-        labels = np.concatenate([enrolled[site].labels for site in order])
-        counts = tuple(len(enrolled[site].handles) for site in order)
+        gallery = self._galleries.gallery(kernel) if self._standing else Gallery()
+        parties = Parties(strategy, kernel, self._computing, gallery, self.ask)
+        keys = self._exchanges.meet(self.here, kernel, *self._settled, self._minimum)
+        if self._standing:
+            parties.compare_holdings()
+        enrolled = parties.enrol(
+            keys,
+            set(self.here),
+            self._purpose != GALLERY,
+            lambda site, asked, signature: self._check_query(kernel, site, asked, signature),
+        )
+        for site, new in enrolled.items():
+            self._galleries.withdraw(site, new.removed, kernel)
+        withdrawn = np.concatenate([new.removed for new in enrolled.values()])
+        consents = self._consider(kernel, enrolled, withdrawn)
+        answers = parties.compute()
+        certificates = {site: self._members[site].certificate for site in consents}
         released = {
-            site: Answers(handles, labels, counts, own.get(site, b""), sealed[site])
-            for site in self.here
+            site: answers(site, withdrawn, consents, certificates) for site in sorted(self.here)
         }
 
         def on_ranked(site: str, fields: object) -> None:
@@ -489,7 +458,41 @@ class FlakeSimilarityWorkflow(PhasedWorkflow):
                 raise PeerError("it ranked under another kernel", site=site)
 
         self.ask(RANK_SHARES, released, on_ranked, set(self.here))
-        return {"rows": len(handles), "withdrawn": 0, "computing": list(computing)}
+        if self._standing:
+            self._galleries.keep_only(kernel, self._for)
+        return {
+            "rows": parties.rows,
+            "withdrawn": len(withdrawn),
+            "computing": list(self._computing),
+            "re_enrolled": parties.re_enrolled,
+            "left_out": parties.left_out,
+        }
+
+    def _choose_computing(self, kernel: str) -> tuple[str, ...]:
+        """The computing sites: those that hold the gallery's shares, or those of the job.
+
+        Raises:
+            ServerError: one is not there, or the job names others than those that hold shares.
+        """
+        count = len(get_registry().matching.get(self._strategy).roles) - 1
+        kept = self._galleries.computing(kernel) if self._standing else ()
+        if kept and self._computing and set(kept) != set(self._computing):
+            raise ServerError(
+                f"the shares of the standing gallery are with {', '.join(kept)}",
+                where="job",
+                remedy="name these as computing_sites, or submit the job with rotate=true, so that"
+                " all sites enrol again with others",
+            )
+        chosen = kept or self._computing or tuple(sorted(self.here)[:count])
+        lacking = sorted(set(chosen) - self.here)
+        if count and lacking:
+            raise ServerError(
+                f"computing site {', '.join(lacking)} is not there",
+                where="job",
+                remedy="bring it back; to go on without it, submit the job with rotate=true and"
+                " other computing_sites, so that all sites enrol again",
+            )
+        return chosen if count else ()
 
     def _check_query(self, kernel: str, site: str, queries: Handles, signature: bytes) -> None:
         """Raise PeerError if a site has not signed what it asks."""
