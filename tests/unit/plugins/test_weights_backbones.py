@@ -188,7 +188,7 @@ def test_a_mobile_facenet_file_encodes_like_onnxruntime(
 
 
 @pytest.mark.parametrize(
-    ("network", "shape"), [(iresnet, (16, 4, 4)), (mobile_facenet, (16, 8, 8))], ids=str
+    ("network", "shape"), [(iresnet, (16, 4, 4)), (mobile_facenet, (16, 8, 8))]
 )
 def test_the_last_stage_of_a_file_begins_where_the_map_shrinks_for_the_last_time(
     tmp_path: Path, network: Any, shape: tuple[int, ...]
