@@ -94,6 +94,17 @@ class InputSpec:
     channels: Channels = "rgb"
 
 
+@runtime_checkable
+class FoldsNorms(Protocol):
+    """A module of a trunk that can run faster once it does not train any more."""
+
+    def fold_norms(self) -> None:
+        """Fold its own BatchNorm layers into the convolutions before them, in place.
+
+        Only called in evaluation mode, on a copy; submodules are asked by themselves.
+        """
+
+
 @dataclass(frozen=True)
 class StageCut:
     """Where a trunk's last stage begins, so that it can train while all before it stays frozen.

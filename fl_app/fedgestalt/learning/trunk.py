@@ -13,10 +13,10 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import fx, nn
+from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from fedgestalt.contracts import InputSpec
+from fedgestalt.contracts import FoldsNorms, InputSpec
 from fedgestalt.learning.images import to_input
 
 BATCH = 16
@@ -57,37 +57,21 @@ class FastTrunk:
                 yield self._trunk(batch).cpu()
 
 
-class _WholeModules(fx.Tracer):
-    """Looks into modules that only contain others; what computes by itself stays whole."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Whether ``m`` stays as it is."""
-        return super().is_leaf_module(m, module_qualified_name) or not any(m.children())
-
-
 def with_folded_norms(trunk: nn.Module) -> nn.Module:
-    """A copy of a trunk, in evaluation mode, with each BatchNorm folded into its convolution.
+    """A copy of a trunk, in evaluation mode, with BatchNorms folded into the convolutions before.
 
-    Jacob et al. 2018, "Quantization and training of neural networks", section 3.2. A trunk whose
-    ``forward`` torch cannot trace, or that shares a module between two places, is copied as it is.
+    Jacob et al. 2018, "Quantization and training of neural networks", section 3.2. Where the one
+    follows the other in a ``Sequential``; other modules of a backbone that know their own order
+    say so by a method ``fold_norms`` (:class:`~fedgestalt.contracts.FoldsNorms`).
     """
     copied = copy.deepcopy(trunk).eval().requires_grad_(False)
-    try:
-        graph = _WholeModules().trace(copied)
-    except Exception:  # noqa: BLE001  whatever a plugin's forward raises for lack of real numbers
-        return copied
-    calls = [node for node in graph.nodes if node.op == "call_module"]
-    targets = [str(node.target) for node in calls]
-    if len(set(targets)) < len(targets):
-        return copied
-    for node in calls:
-        before = node.args[0] if node.args else None
-        if not isinstance(before, fx.Node) or before.op != "call_module" or len(before.users) > 1:
-            continue
-        norm, convolution = (copied.get_submodule(str(n.target)) for n in (node, before))
-        if isinstance(norm, nn.BatchNorm2d) and type(convolution) is nn.Conv2d:
-            if not norm.track_running_stats:
-                continue
-            copied.set_submodule(str(before.target), fuse_conv_bn_eval(convolution, norm))
-            copied.set_submodule(str(node.target), nn.Identity())
+    for module in list(copied.modules()):
+        if isinstance(module, FoldsNorms):
+            module.fold_norms()
+        elif isinstance(module, nn.Sequential):
+            for place in range(1, len(module)):
+                convolution, norm = module[place - 1], module[place]
+                if type(convolution) is nn.Conv2d and type(norm) is nn.BatchNorm2d:
+                    module[place - 1] = fuse_conv_bn_eval(convolution, norm)
+                    module[place] = nn.Identity()
     return copied

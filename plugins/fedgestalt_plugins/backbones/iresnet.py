@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from fedgestalt.contracts import BackboneModules, InputSpec, StageCut
 from fedgestalt_plugins.backbones.neck import Neck
@@ -73,6 +74,11 @@ class IBasicBlock(nn.Module):
         outer: torch.Tensor = x if self.downsample is None else self.downsample(x)
         return outer + inner
 
+    def fold_norms(self) -> None:
+        """See :class:`~fedgestalt.contracts.FoldsNorms`; the first one precedes a padding."""
+        _fold(self, "conv1", "bn2")
+        _fold(self, "conv2", "bn3")
+
 
 class IResNetTrunk(nn.Module):
     """Stem and four stages; every stage halves the map, rounding up.
@@ -103,6 +109,10 @@ class IResNetTrunk(nn.Module):
         feature: torch.Tensor = self.bn2(x)
         return feature
 
+    def fold_norms(self) -> None:
+        """See :class:`~fedgestalt.contracts.FoldsNorms`."""
+        _fold(self, "conv1", "bn1")
+
     def cut(self, input_size: int) -> StageCut:
         """The trunk before its fourth stage, and the stage with the BatchNorm behind it."""
         before = ("conv1", "bn1", "prelu", "layer1", "layer2", "layer3")
@@ -112,6 +122,13 @@ class IResNetTrunk(nn.Module):
         )
         side = math.ceil(input_size / 8)
         return StageCut(early, last, (self.bn2.num_features // 2, side, side))
+
+
+def _fold(module: nn.Module, convolution: str, norm: str) -> None:
+    """Fold a norm into the convolution before it; both are attributes of ``module``."""
+    fused = fuse_conv_bn_eval(getattr(module, convolution), getattr(module, norm))
+    setattr(module, convolution, fused)
+    setattr(module, norm, nn.Identity())
 
 
 def build_iresnet(options: IResNetOptions, seed: int) -> BackboneModules:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -68,7 +69,7 @@ def test_the_member_itself_stays_as_it_is() -> None:
 
 
 class Branching(nn.Module):
-    """Cannot be traced."""
+    """Nobody but itself knows in which order it uses its layers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -107,6 +108,31 @@ def test_what_cannot_be_folded_safely_is_left_alone(kind: type[nn.Module]) -> No
     with torch.inference_mode():
         torch.testing.assert_close(folded(pictures), trunk(pictures))
     assert norms(folded) == 1
+
+
+def test_a_norm_after_a_convolution_in_a_sequence_is_folded() -> None:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.BatchNorm2d(4)]
+    trunk = shaken(nn.Sequential(*layers))
+    pictures = torch.rand(2, 3, 8, 8)
+    folded = with_folded_norms(trunk)
+    with torch.inference_mode():
+        torch.testing.assert_close(folded(pictures), trunk(pictures))
+    assert (norms(folded), norms(trunk)) == (1, 2)
+
+
+def test_trunks_are_made_ready_in_several_threads_at_once() -> None:
+    trunk = shaken(member_of("iresnet", **TINY).trunk)
+    pictures = torch.rand(1, 3, 32, 32)
+
+    def fold_and_run(_: int) -> torch.Tensor:
+        with torch.inference_mode():
+            result: torch.Tensor = with_folded_norms(trunk)(pictures)
+            return result
+
+    with ThreadPoolExecutor(4) as pool:
+        first, *others = pool.map(fold_and_run, range(24))
+    assert all(torch.equal(first, other) for other in others)
 
 
 def test_pictures_keep_their_places_over_batches() -> None:
