@@ -299,7 +299,7 @@ def test_a_released_row_does_not_say_which_site_holds_it(both_jobs: BothJobs) ->
         assert set(fields) == {
             *("schema", "handles", "labels", "columns", "scores"),
             *("yardstick_columns", "yardstick_scores"),
-            *("withdrawn", "consents", "certificates"),
+            "receipts",
         }
 
 
