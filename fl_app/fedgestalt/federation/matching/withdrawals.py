@@ -113,7 +113,7 @@ class Withdrawals:
     def add(self, owner: str, handles: Handles) -> Handles:
         """Take what an owner has taken back; returns what is new of it.
 
-        All that is new in one job is one list. Nobody signs it before the last has come.
+        All that is new in one job, until somebody is to sign it, is one list.
         """
         said = {handle.tobytes().hex() for handle in handles}
         new = said - {row for each in self._open for row in each.owners.get(owner, ())}
@@ -121,13 +121,14 @@ class Withdrawals:
             if self._new is None:
                 self._new = Withdrawal({}, set(), set(self._sites))
                 self._open.append(self._new)
-            self._new.owners[owner] = new
+            self._new.owners.setdefault(owner, set()).update(new)
             self._new.handles |= new
             self._keep()
         return handles[[handle.tobytes().hex() in new for handle in handles]]
 
     def unsigned(self, site: str) -> dict[str, Handles]:
-        """Lists that a site is to sign, by digest."""
+        """Lists that a site is to sign, by digest; they do not grow any more."""
+        self._new = None
         return {each.name: each.rows for each in self._open if site in each.awaited}
 
     def sign(self, site: str, signatures: Mapping[str, bytes], certificate: bytes) -> None:
