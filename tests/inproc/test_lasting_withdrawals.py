@@ -18,7 +18,7 @@ from test_standing_shares import STRATEGY, SharedLife, patient_less
 from fedgestalt.federation.job.identity import Trust
 from fedgestalt.federation.matching.galleries import GALLERIES_FOLDER, Gallery
 from fedgestalt.federation.matching.messages import handles_digest, withdrawal_statement
-from fedgestalt.federation.matching.withdrawals import WITHDRAWALS_FOLDER
+from fedgestalt.federation.matching.withdrawals import WITHDRAWALS_FILE
 from fedgestalt.jobs import GalleryJob, JobSpec, MatchingJob, TrainingJob
 
 OWNER = "leuven"
@@ -69,8 +69,7 @@ class Withdrawing:
     @property
     def list_file(self) -> Path:
         assert self.life.root is not None
-        (folder,) = self.life.root.rglob(str(WITHDRAWALS_FOLDER))
-        (path,) = folder.iterdir()
+        (path,) = self.life.root.rglob(str(WITHDRAWALS_FILE))
         return path
 
     @property
@@ -249,6 +248,17 @@ def test_results_from_under_an_earlier_kernel_are_reached(
     masked.completed(GalleryJob, sites=EVERYBODY, rotate=True)
     assert masked.remembered_by() == set()
     masked.check_receipt(1 + rotations, set(EVERYBODY), set())
+
+
+def test_results_from_under_another_strategy_are_reached(masked: Withdrawing) -> None:
+    masked.completed(GalleryJob, sites=EVERYBODY, strategy="isometry-blocks")
+    masked.take_back()
+    masked.completed(GalleryJob, sites=EVERYBODY, strategy="isometry-blocks")
+    assert masked.remembered_by() == masked.handles & masked.standing() == set()
+    masked.check_receipt(3, set(EVERYBODY), set())
+    assert masked.open == []
+    masked.completed(MatchingJob, sites=EVERYBODY)
+    assert masked.remembered_by() == set()
 
 
 def test_a_patient_who_comes_back_is_enrolled_as_a_new_one(

@@ -13,7 +13,7 @@ from fedgestalt.federation.matching.messages import Handles
 from fedgestalt.federation.matching.receipts import Receipts
 from fedgestalt.federation.matching.withdrawals import Withdrawals
 
-PURPOSE = {"ensemble": "e" * 64, "strategy": "isometry"}
+JOB = "job-1"
 CERTIFICATE = b"certificate"
 
 
@@ -25,8 +25,12 @@ def rows(*numbers: int) -> dict[str, str]:
     return {bytes([number] * 16).hex(): f"image-{number}" for number in numbers}
 
 
+def kept(folder: Path, job: str = JOB) -> Withdrawals:
+    return Withdrawals(folder / "withdrawals.json", job).open()
+
+
 def begun(folder: Path | None) -> Withdrawals:
-    withdrawals = Withdrawals(folder, PURPOSE).open()
+    withdrawals = kept(folder) if folder else Withdrawals(None, JOB)
     withdrawals.take_part(["berlin", "bonn"])
     return withdrawals
 
@@ -56,7 +60,7 @@ def test_a_list_waits_for_those_who_had_taken_part_and_for_nobody_who_came_later
     tmp_path: Path,
 ) -> None:
     begun(tmp_path).add("berlin", handles(1))
-    withdrawals = Withdrawals(tmp_path, PURPOSE).open()
+    withdrawals = kept(tmp_path, "job-2")
     withdrawals.take_part(["ulm"])
     withdrawals.add("berlin", handles(2))
     assert len(withdrawals.unsigned("bonn")) == 2
@@ -72,7 +76,7 @@ def test_signatures_survive_and_a_list_goes_when_the_last_owner_has_its_receipt(
     withdrawals.add("bonn", handles(2))
     sign(withdrawals, "berlin")
     withdrawals.close("berlin")  # bonn has not signed
-    withdrawals = Withdrawals(tmp_path, PURPOSE).open()
+    withdrawals = kept(tmp_path)
     assert withdrawals.awaited == ["bonn"]
     assert not withdrawals.unsigned("berlin")
     sign(withdrawals, "bonn")
@@ -80,19 +84,31 @@ def test_signatures_survive_and_a_list_goes_when_the_last_owner_has_its_receipt(
     assert said.signatures == {"berlin": b"berlin", "bonn": b"bonn"}
     assert said.certificates.keys() == said.signatures.keys()
     withdrawals.close("berlin")
-    withdrawals = Withdrawals(tmp_path, PURPOSE).open()
+    withdrawals = kept(tmp_path)
     assert withdrawals.receipts("berlin") == {}
     assert len(withdrawals.receipts("bonn")) == 1
     withdrawals.close("bonn")
-    assert Withdrawals(tmp_path, PURPOSE).open().receipts("bonn") == {}
+    assert kept(tmp_path).receipts("bonn") == {}
 
 
-def test_other_ensembles_and_strategies_have_lists_of_their_own(tmp_path: Path) -> None:
-    begun(tmp_path).add("berlin", handles(1))
-    other = Withdrawals(tmp_path, {**PURPOSE, "strategy": "flake"}).open()
-    assert other.awaited == []
-    other.take_part(["berlin"])
-    assert Withdrawals(tmp_path, PURPOSE).open().awaited == ["berlin", "bonn"]
+def test_jobs_at_the_same_time_take_nothing_from_each_other(tmp_path: Path) -> None:
+    one, other = begun(tmp_path), kept(tmp_path, "job-2")
+    one.add("berlin", handles(1))
+    other.take_part(["ulm"])
+    other.add("berlin", handles(2))
+    one.add("berlin", handles(3))
+    (first, second) = kept(tmp_path).unsigned("bonn").values()
+    assert np.array_equal(first, handles(1, 3))
+    assert np.array_equal(second, handles(2))
+    assert kept(tmp_path).awaited == ["berlin", "bonn", "ulm"]
+
+
+def test_a_list_that_somebody_is_to_sign_does_not_grow(tmp_path: Path) -> None:
+    withdrawals = begun(tmp_path)
+    withdrawals.add("berlin", handles(1))
+    before = withdrawals.unsigned("bonn")
+    withdrawals.add("berlin", handles(2))
+    assert before.keys() < withdrawals.unsigned("bonn").keys()
 
 
 def test_a_damaged_list_is_the_servers_fault(tmp_path: Path) -> None:
@@ -102,7 +118,7 @@ def test_a_damaged_list_is_the_servers_fault(tmp_path: Path) -> None:
     content["open"][0]["handles"] = ["01"]
     path.write_text(json.dumps(content))
     with pytest.raises(ServerError, match=r"damaged .*; remove it; in the next job owners say"):
-        Withdrawals(tmp_path, PURPOSE).open()
+        kept(tmp_path)
 
 
 def test_a_receipt_names_who_has_not_signed_until_nobody_is_left(tmp_path: Path) -> None:

@@ -258,13 +258,9 @@ def _former(
 ) -> dict[str, str]:
     """Image by handle, of all handles under which one stood and stands no longer.
 
-    Under earlier kernels, too: results outlive these.
+    Under all other kernels, too: results outlive these, and a patient who goes, goes everywhere.
     """
-    former = dict(enrolled.former)
-    for other in own.kernels.held(kernel.ensemble, kernel.strategy).values():
-        if other.id != kernel.id:
-            before = own.kernels.enrolled(other)
-            former |= {**before.former, **{h: image for h, (image, _) in before.images.items()}}
+    former = {**own.kernels.handles_under_others(kernel), **enrolled.former}
     return former | {h: i for h, (i, _) in enrolled.images.items() if h not in kept.images}
 
 

@@ -18,6 +18,7 @@ from fedgestalt.similarity.kernel import Kernel, decoded, encoded
 from fedgestalt.similarity.labels import CASE_BYTES
 
 KERNELS_FOLDER: Final = "kernels"
+_RECORD: Final = ".enrolled.json"
 _SCHEMA: Final = "fedgestalt.enrolled/2"
 
 
@@ -109,9 +110,19 @@ class KernelStore:
         Raises:
             ConfigError: the record is damaged.
         """
-        path = self._folder / f"{kernel.id}.enrolled.json"
-        if not path.exists():
-            return Enrolled()
+        path = self._folder / f"{kernel.id}{_RECORD}"
+        return self._read(path) if path.exists() else Enrolled()
+
+    def handles_under_others(self, kernel: Kernel) -> dict[str, str]:
+        """Image by handle, of all records but that of a kernel; raises as :meth:`enrolled`."""
+        found: dict[str, str] = {}
+        for path in self._folder.glob(f"*{_RECORD}"):
+            if path.name != f"{kernel.id}{_RECORD}":
+                other = self._read(path)
+                found |= {**other.former, **{h: image for h, (image, _) in other.images.items()}}
+        return found
+
+    def _read(self, path: Path) -> Enrolled:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             if content["schema"] != _SCHEMA:
@@ -137,7 +148,7 @@ class KernelStore:
             "cases": {subject: case.hex() for subject, case in enrolled.cases.items()},
             "former": enrolled.former,
         }
-        self._write(f"{kernel.id}.enrolled.json", json.dumps(content).encode())
+        self._write(f"{kernel.id}{_RECORD}", json.dumps(content).encode())
 
     def _write(self, name: str, content: bytes) -> None:
         write_privately(self._folder / name, content)

@@ -1,11 +1,12 @@
 """The withdrawals that not every site has signed yet, as the server keeps them.
 
-One file for each use of standing galleries (ensemble and strategy), replaced as a whole. It
-outlives jobs, kernels and the server's process. The rules:
+One file for all standing galleries, replaced as a whole, for sites forget rows by handle, under
+whatever kernel. It outlives jobs, kernels and the server's process, and is read again before every
+change: jobs over other galleries write to it, too. The rules:
 
 - an owner says in every job what it has taken back and has no whole receipt of;
 - what is new in a job makes one list, of all owners' rows: who signs it cannot tell whose they are;
-- a list waits for every site that a job over these galleries has named until then;
+- a list waits for every site that a job over a standing gallery has named until then;
 - a site is shown the lists that it has not signed yet, and signs each once;
 - an owner is done with a list when all have signed and it has stored the receipt; the list goes
   when all its owners are.
@@ -24,10 +25,9 @@ import numpy as np
 from fedgestalt.errors import ServerError
 from fedgestalt.federation.matching.holdings import write_json_privately
 from fedgestalt.federation.matching.messages import Handles, Signed, handles_digest
-from fedgestalt.keys import digest
 from fedgestalt.similarity.labels import HANDLE_BYTES
 
-WITHDRAWALS_FOLDER: Final = Path("fedgestalt") / "withdrawals"
+WITHDRAWALS_FILE: Final = Path("fedgestalt") / "withdrawals.json"
 """In the server's workspace."""
 
 _SCHEMA: Final = "fedgestalt.withdrawals/1"
@@ -38,12 +38,14 @@ class Withdrawal:
     """Rows that were withdrawn in one job.
 
     Attributes:
+        job: in which.
         owners: handles (hexadecimal) by owner, of those who have no whole receipt yet.
         handles: (hexadecimal) of all.
         sites: who is to sign.
         signed: by site, signature and certificate (PEM).
     """
 
+    job: str
     owners: dict[str, set[str]]
     handles: set[str]
     sites: set[str]
@@ -67,20 +69,17 @@ class Withdrawal:
 
 
 class Withdrawals:
-    """Those from the standing galleries for one use.
+    """Those from all standing galleries of a server.
 
     Args:
-        folder: where they are kept; None keeps them in memory, for one job.
-        purpose: ensemble and strategy.
+        path: of the file; None keeps them in memory, for one job.
+        job: that works with them.
     """
 
-    def __init__(self, folder: Path | None, purpose: Mapping[str, str]) -> None:
-        parts = (part.encode() for pair in sorted(purpose.items()) for part in pair)
-        name = digest("withdrawals", *parts).hex()[:32]
-        self._path = folder / f"{name}.json" if folder else None
+    def __init__(self, path: Path | None, job: str) -> None:
+        self._path, self._job, self._complete = path, job, False
         self._sites: set[str] = set()
         self._open: list[Withdrawal] = []
-        self._new: Withdrawal | None = None
 
     def open(self) -> Withdrawals:
         """Read what was kept; returns itself.
@@ -106,6 +105,7 @@ class Withdrawals:
 
     def take_part(self, sites: Collection[str]) -> None:
         """Sites may get rows from now on: later withdrawals wait for them, too."""
+        self.open()
         if not self._sites.issuperset(sites):
             self._sites.update(sites)
             self._keep()
@@ -115,24 +115,28 @@ class Withdrawals:
 
         All that is new in one job, until somebody is to sign it, is one list.
         """
+        self.open()
         said = {handle.tobytes().hex() for handle in handles}
         new = said - {row for each in self._open for row in each.owners.get(owner, ())}
         if new:
-            if self._new is None:
-                self._new = Withdrawal({}, set(), set(self._sites))
-                self._open.append(self._new)
-            self._new.owners.setdefault(owner, set()).update(new)
-            self._new.handles |= new
+            growing = [e for e in self._open if e.job == self._job and not e.signed]
+            growing = [] if self._complete else growing
+            if not growing:
+                growing = [Withdrawal(self._job, {}, set(), set(self._sites))]
+                self._open += growing
+            growing[-1].owners.setdefault(owner, set()).update(new)
+            growing[-1].handles |= new
             self._keep()
         return handles[[handle.tobytes().hex() in new for handle in handles]]
 
     def unsigned(self, site: str) -> dict[str, Handles]:
         """Lists that a site is to sign, by digest; they do not grow any more."""
-        self._new = None
+        self._complete = True
         return {each.name: each.rows for each in self._open if site in each.awaited}
 
     def sign(self, site: str, signatures: Mapping[str, bytes], certificate: bytes) -> None:
         """Keep a site's checked signatures, by digest of the list."""
+        self.open()
         for each in self._open:
             if each.name in signatures:
                 each.signed[site] = signatures[each.name], certificate
@@ -154,6 +158,7 @@ class Withdrawals:
 
     def close(self, owner: str) -> None:
         """An owner has stored its receipts: of what all have signed, they are whole."""
+        self.open()
         done = [each for each in self._open if not each.awaited and owner in each.owners]
         for each in done:
             del each.owners[owner]
@@ -186,6 +191,7 @@ class Withdrawals:
 
 def _written(each: Withdrawal) -> dict[str, object]:
     return {
+        "job": each.job,
         "owners": {owner: sorted(rows) for owner, rows in sorted(each.owners.items())},
         "handles": sorted(each.handles),
         "sites": sorted(each.sites),
@@ -198,6 +204,7 @@ def _written(each: Withdrawal) -> dict[str, object]:
 
 def _read(said: Any) -> Withdrawal:
     each = Withdrawal(
+        str(said["job"]),
         {str(owner): set(map(str, rows)) for owner, rows in said["owners"].items()},
         set(map(str, said["handles"])),
         set(map(str, said["sites"])),

@@ -56,7 +56,7 @@ from fedgestalt.federation.matching.messages import (
     withdrawal_statement,
 )
 from fedgestalt.federation.matching.parties import Parties
-from fedgestalt.federation.matching.withdrawals import WITHDRAWALS_FOLDER, Withdrawals
+from fedgestalt.federation.matching.withdrawals import WITHDRAWALS_FILE, Withdrawals
 from fedgestalt.federation.site.settings import ALL_ROWS
 from fedgestalt.federation.tasks import (
     CONSIDER,
@@ -139,8 +139,8 @@ class FlakeSimilarityWorkflow(PhasedWorkflow):
         workspace = fl_ctx.get_engine().get_workspace()
         root = Path(workspace.get_root_dir())
         self._galleries = Galleries(root / GALLERIES_FOLDER)
-        kept = root / WITHDRAWALS_FOLDER if self._standing else None
-        self._withdrawals = Withdrawals(kept, self._for)
+        kept = root / WITHDRAWALS_FILE if self._standing else None
+        self._withdrawals = Withdrawals(kept, fl_ctx.get_job_id())
         self._uploads = UploadDesk(self.folder / "uploads")
         self._downloads = DownloadDesk()
         self._uploads.register(fl_ctx.get_engine())
@@ -369,7 +369,7 @@ class FlakeSimilarityWorkflow(PhasedWorkflow):
     def _remember(self, gallery: Gallery) -> None:
         """Open withdrawals, and who may have got rows when the next one comes."""
         if self._standing:
-            self._withdrawals.open().take_part({*self.roster, *gallery.sites})
+            self._withdrawals.take_part({*self.roster, *gallery.sites})
 
     def _take_back(
         self, site: str, new: Enrolment | SharedEnrolment, kernel: str, gallery: Gallery
@@ -381,7 +381,7 @@ class FlakeSimilarityWorkflow(PhasedWorkflow):
         """
         if (gallery.part(site).at(new.removed) < 0).any():
             raise PeerError("it removes rows that it does not have in the gallery", site=site)
-        others = [gallery.part(other) for other in gallery.sites if other != site]
+        others = [gallery.part(s) for s in gallery.sites if s != site and len(new.withdrawn)]
         if any((part.at(new.withdrawn) >= 0).any() for part in others):
             raise PeerError("it withdraws rows of another site", site=site)
         if len(absent(new.removed, new.withdrawn)):
