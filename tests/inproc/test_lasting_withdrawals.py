@@ -15,9 +15,11 @@ from nvflare.apis.shareable import Shareable
 from test_standing_gallery import NEWCOMER, THREE, Life, tampered
 from test_standing_shares import STRATEGY, SharedLife, patient_less
 
+from fedgestalt.errors import SiteError
 from fedgestalt.federation.job.identity import Trust
 from fedgestalt.federation.matching.galleries import GALLERIES_FOLDER, Gallery
 from fedgestalt.federation.matching.messages import handles_digest, withdrawal_statement
+from fedgestalt.federation.matching.site import MatchingSite
 from fedgestalt.federation.matching.withdrawals import WITHDRAWALS_FILE
 from fedgestalt.jobs import GalleryJob, JobSpec, MatchingJob, TrainingJob
 
@@ -261,12 +263,21 @@ def test_results_from_under_another_strategy_are_reached(masked: Withdrawing) ->
     assert masked.remembered_by() == set()
 
 
+@pytest.mark.parametrize("ends", ["when all are to consider", "before the rows are sent"])
 def test_a_patient_who_comes_back_is_enrolled_as_a_new_one(
-    masked: Withdrawing, monkeypatch: pytest.MonkeyPatch
+    masked: Withdrawing, monkeypatch: pytest.MonkeyPatch, ends: str
 ) -> None:
     masked.take_back()
-    masked.life.consortium.on_download = nobody_considers
-    masked.life.run(GalleryJob, sites=EVERYBODY)
+    if ends == "before the rows are sent":
+
+        def failing(own: MatchingSite, records: object) -> None:
+            raise SiteError(f"{own.site} cannot encode")
+
+        monkeypatch.setattr(MatchingSite, "encode", failing)
+    else:
+        masked.life.consortium.on_download = nobody_considers
+    assert masked.life.run(GalleryJob, sites=EVERYBODY).outcome["status"] == "failed"
+    masked.check_receipt(2, set(), set(EVERYBODY))
     masked.life.consortium.on_download = untouched
     monkeypatch.undo()
     run = masked.completed(GalleryJob, sites=EVERYBODY)
