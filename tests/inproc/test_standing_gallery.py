@@ -73,6 +73,11 @@ class Life:
         content: dict[str, Any] = json.loads(path.read_text())
         return content
 
+    def receipt(self, site: str, number: int) -> dict[str, Any]:
+        path = self.consortium.store(site) / "withdrawals" / f"job-{number}.json"
+        content: dict[str, Any] = json.loads(path.read_text())
+        return content
+
     def galleries(self, run: Run) -> list[Path]:
         return sorted(run.root.rglob(f"{GALLERIES_FOLDER}/*"))
 
@@ -223,10 +228,11 @@ def test_a_withdrawn_patient_leaves_every_place_and_the_hospital_has_a_receipt(
     receipt = json.loads((life.consortium.store("bonn") / "withdrawals" / "job-4.json").read_text())
     assert receipt["images"] == images
     assert receipt["sites"].keys() == set(life.consortium.sites)
+    assert receipt["not_signed"] == run.outcome["not_signed"] == []
     handles = np.array([list(bytes.fromhex(h)) for h in receipt["handles"]], np.uint8)
     for site, said in receipt["sites"].items():
         identity = Trust.of_anybody().check(site, said["certificate"].encode(), None)
-        statement = withdrawal_statement("job-4", receipt["kernel"], site, handles_digest(handles))
+        statement = withdrawal_statement(site, handles_digest(handles))
         identity.verify(statement, bytes.fromhex(said["signature"]))
     assert not (life.consortium.store("ulm") / "withdrawals").exists()
 
@@ -310,8 +316,9 @@ def test_a_server_that_lies_is_caught(
 @pytest.mark.parametrize(
     ("key", "change", "says"),
     [
-        ("withdrawn", lambda rows: rows[:0], "were not told of all rows that this site has"),
-        ("consents", lambda c: {**c, "berlin": c["bonn"]}, "its signature does not fit"),
+        ("handles", lambda rows: rows[:0], "were not told of all rows that this site has"),
+        ("handles", lambda rows: twice(rows), "were not told of all rows that this site has"),
+        ("signatures", lambda s: {**s, "berlin": s["bonn"]}, "its signature does not fit"),
         ("certificates", lambda c: {}, "no certificate came for"),
     ],
 )
@@ -330,11 +337,17 @@ def test_a_receipt_that_proves_nothing_is_refused(
             else read_cohort(folder, name=name)
         ),
     )
-    life.consortium.on_download = tampered("bonn", "fgm_rank", key, change)
+    life.consortium.on_download = tampered(
+        "bonn",
+        "fgm_rank",
+        "receipts",
+        lambda came: {n: {**said, key: change(said[key])} for n, said in came.items()},
+    )
     run = life.run(GalleryJob)
     assert run.outcome["status"] == "failed"
     assert says in run.outcome["reason"]
-    assert not (life.consortium.store("bonn") / "withdrawals").exists()
+    receipt = life.receipt("bonn", 2)
+    assert (receipt["sites"], receipt["not_signed"]) == ({}, list(THREE))
 
 
 def test_a_server_that_goes_back_to_an_older_kernel_is_refused(life: Life) -> None:

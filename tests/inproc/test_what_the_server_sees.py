@@ -193,9 +193,9 @@ def test_replies_hold_nothing_but_the_agreed_fields(both_jobs: BothJobs) -> None
         "fgm_kernel_agree": {"schema", "kernel"},
         "fgm_enrol": {
             *("schema", "kernel", "removed", "rows", "handles", "labels", "queries", "yardstick"),
-            "signature",
+            *("signature", "withdrawn"),
         },
-        "fgm_consider": {"schema", "kernel", "signature"},
+        "fgm_consider": {"schema", "kernel", "signatures"},
         "fgm_rank": {"schema", "kernel"},
     }
     received = both_jobs.training.received + both_jobs.matching.received
@@ -299,7 +299,7 @@ def test_a_released_row_does_not_say_which_site_holds_it(both_jobs: BothJobs) ->
         assert set(fields) == {
             *("schema", "handles", "labels", "columns", "scores"),
             *("yardstick_columns", "yardstick_scores"),
-            *("withdrawn", "consents", "certificates"),
+            "receipts",
         }
 
 

@@ -91,8 +91,9 @@ REPLIES: list[Message] = [
         HANDLES[1:],
         HANDLES[:1],
         bytes(64),
+        HANDLES[:1],
     ),
-    Consent("a" * 32, bytes(64)),
+    Consent("a" * 32, {"b" * 64: bytes(64)}),
     ShareHoldings({"berlin": bytes(32)}),
     SharedEnrolment(
         "a" * 32,
@@ -105,6 +106,7 @@ REPLIES: list[Message] = [
         bytes(64),
         (b"rows", b"question"),
         {"berlin": b"sealed"},
+        HANDLES[:1],
     ),
     Computed({"berlin": b"sealed"}),
     Ranked("a" * 32),

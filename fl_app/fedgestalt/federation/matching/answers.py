@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Final
 
 import numpy as np
@@ -12,9 +13,11 @@ from fedgestalt.federation.matching.messages import (
     Answers,
     Consent,
     Consider,
+    Handles,
     Query,
     Ranked,
     ReleasedRows,
+    Signed,
     handles_digest,
     query_statement,
     withdrawal_statement,
@@ -25,13 +28,12 @@ from fedgestalt.federation.matching.results import (
     Yardstick,
     forget,
     write_matches,
-    write_receipt,
 )
 from fedgestalt.federation.matching.shares import SharingSite
 from fedgestalt.federation.matching.site import MatchingSite
 from fedgestalt.messages import from_server
 from fedgestalt.similarity.kernel import Kernel
-from fedgestalt.similarity.labels import Label, open_label
+from fedgestalt.similarity.labels import HANDLE_BYTES, Label, open_label
 
 _TOLERANCE: Final = 1e-4
 """Of a score whose value a site knows; float32 rows give 1e-6."""
@@ -46,7 +48,9 @@ def consider(
         This site's consent, and how many queries each site asks.
 
     Raises:
-        ServerError: the queries are not those that the sites have signed.
+        ServerError: the queries are not those that the sites have signed, or what is withdrawn
+            stands.
+        PeerError: a signature is wrong.
         SiteError: a site asks more than this site's policy answers.
     """
     if message.kernel != kernel.id:
@@ -63,16 +67,34 @@ def consider(
     asked = message.queries.get(own.site, Query(0, handles_digest(mine[:0]), b"-"))
     if (asked.count, asked.digest) != (len(mine), handles_digest(mine)):
         raise ServerError("this site's queries came back altered", where=own.site)
+    _check_withdrawn(own, rows, message.withdrawn)
     for site, query in sorted(message.queries.items()):
         if query.count:
             ledger.note(site, own.job, query.count)
-    forget(own.store, message.withdrawn)
-    own.galleries.forget(message.withdrawn)
-    statement = withdrawal_statement(
-        own.job, kernel.id, own.site, handles_digest(message.withdrawn)
-    )
+    for handles in message.withdrawn.values():
+        forget(own.store, handles)
+        own.galleries.forget(handles)
+    signatures = {
+        name: own.identity.sign(withdrawal_statement(own.site, handles_digest(handles)))
+        for name, handles in message.withdrawn.items()
+    }
     announced = {site: query.count for site, query in message.queries.items()}
-    return Consent(kernel.id, own.identity.sign(statement)), announced
+    return Consent(kernel.id, signatures), announced
+
+
+def _check_withdrawn(own: MatchingSite, rows: OwnRows, withdrawn: Mapping[str, Handles]) -> None:
+    """No row goes that this site has enrolled and has not taken back."""
+    for name, handles in withdrawn.items():
+        if handles.ndim != 2 or handles.shape[1] != HANDLE_BYTES:
+            raise ServerError("what is withdrawn is no list of handles", where=own.site)
+        if name != handles_digest(handles).hex():
+            raise ServerError("what is withdrawn goes by a wrong digest", where=own.site)
+        if {handle.tobytes().hex() for handle in handles} & rows.enrolled.images.keys():
+            raise ServerError(
+                "it lists rows as withdrawn that this site has enrolled",
+                where=own.site,
+                remedy="tell the consortium's lead; nothing was forgotten here",
+            )
 
 
 def opened_shares(sharing: SharingSite, rows: OwnRows, message: Answers) -> ReleasedRows:
@@ -87,9 +109,7 @@ def opened_shares(sharing: SharingSite, rows: OwnRows, message: Answers) -> Rele
         scores[:queries],
         columns[queries:],
         scores[queries:],
-        message.withdrawn,
-        message.consents,
-        message.certificates,
+        message.receipts,
     )
 
 
@@ -102,8 +122,8 @@ def keep_ranks(own: MatchingSite, kernel: Kernel, rows: OwnRows, released: Relea
     """
     released.check(len(rows.queries), len(rows.yardstick), from_server)
     _check_planted(rows, released)
-    if rows.withdrawn:
-        _check_receipt(own, kernel, rows, released)
+    if own.start.standing:
+        _extend_receipts(own, released.receipts)
     if len(rows.queries):
         typical = [rows.enrolled.images[h.tobytes().hex()][0] for h in rows.yardstick]
         write_matches(
@@ -173,28 +193,24 @@ def _check_planted(rows: OwnRows, released: ReleasedRows) -> None:
             )
 
 
-def _check_receipt(
-    own: MatchingSite, kernel: Kernel, rows: OwnRows, released: ReleasedRows
-) -> None:
-    listed = {handle.tobytes().hex() for handle in released.withdrawn}
-    if not rows.withdrawn.keys() <= listed:
-        raise ServerError(
-            "the others were not told of all rows that this site has withdrawn",
-            where=own.site,
-            remedy="tell the consortium's lead; the rows may still be in others' results",
-        )
-    peers = own.peers(released.certificates)
-    digest = handles_digest(released.withdrawn)
-    for site, signature in released.consents.items():
-        if site not in peers:
-            raise ServerError(f"no certificate came for {site}", where=own.site)
-        peers[site].verify(withdrawal_statement(own.job, kernel.id, site, digest), signature)
-    write_receipt(
-        own.store,
-        own.job,
-        kernel.id,
-        released.withdrawn,
-        sorted(set(rows.withdrawn.values())),
-        released.consents,
-        released.certificates,
-    )
+def _extend_receipts(own: MatchingSite, came: Mapping[str, Signed]) -> None:
+    """Put the signatures on what this site has withdrawn into its receipts."""
+    lists = [({h.tobytes().hex() for h in said.handles}, said) for said in came.values()]
+    for receipt in own.receipts.open():
+        found = next(((listed, said) for listed, said in lists if listed >= {*receipt.rows}), None)
+        if found is None:
+            raise ServerError(
+                "the others were not told of all rows that this site has withdrawn",
+                where=own.site,
+                remedy="tell the consortium's lead; the rows may still be in others' results",
+            )
+        listed, said = found
+        digest, signed = handles_digest(said.handles), {}
+        for site, signature in said.signatures.items():
+            if site not in said.certificates:
+                raise ServerError(f"no certificate came for {site}", where=own.site)
+            certificate = said.certificates[site]
+            peer = own.trust.check(site, certificate, None)  # it may have signed in an earlier job
+            peer.verify(withdrawal_statement(site, digest), signature)
+            signed[site] = signature, certificate
+        own.receipts.keep(receipt.extended(listed, signed, said.awaited))

@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -56,7 +56,6 @@ class OwnRows:
         queries: handles of the same.
         yardstick: handles of images of its diagnosed patients, one for each; with their nearest
             rows it measures how far such patients are from each other.
-        withdrawn: image by handle, of the rows that it takes back.
     """
 
     enrolled: Enrolled
@@ -65,7 +64,6 @@ class OwnRows:
     asked: NDArray[np.int64]
     queries: Handles
     yardstick: Handles
-    withdrawn: dict[str, str] = field(default_factory=dict)
 
     @property
     def all_asked(self) -> Handles:
@@ -88,7 +86,7 @@ class _Update:
         handle_of: handle by image.
         added: images that are new.
         removed: handles that the gallery has and that must go.
-        withdrawn: image by handle, of those that stood for one.
+        withdrawn: handles of what this site has taken back and has no whole receipt of.
     """
 
     enrolled: Enrolled
@@ -97,22 +95,35 @@ class _Update:
     handle_of: dict[str, str]
     added: list[str]
     removed: list[str]
-    withdrawn: dict[str, str]
+    withdrawn: list[str]
 
     @classmethod
     def of(cls, own: MatchingSite, kernel: Kernel, handles: Handles) -> _Update:
         """With the handles that the gallery has of this site.
 
+        What is taken back is written down before the record of enrolled images forgets it. A row
+        that was taken back stays so: its image, if it is there again, gets another handle.
+
         Raises:
             SiteError: it has no image that it may enrol.
+            ConfigError: a record is damaged.
         """
-        enrolled = own.kernels.enrolled(kernel) if own.start.standing else Enrolled()
+        standing = own.start.standing
+        enrolled = own.kernels.enrolled(kernel) if standing else Enrolled()
+        receipts = own.receipts.all() if standing else []
         wanted = wanted_images(own)
         images = _in_order(own, wanted)
         known = {handle.tobytes().hex() for handle in handles}
-        kept = enrolled.keep(known, wanted)
+        kept = enrolled.keep(known - {row for receipt in receipts for row in receipt.rows}, wanted)
         removed = sorted(known - kept.images.keys() - kept.planted.keys())
-        withdrawn = {h: enrolled.images[h][0] for h in removed if h in enrolled.images}
+        former = _former(own, kernel, enrolled, kept) if standing else {}
+        gone = {h: former.get(h, "") for h in removed}
+        gone |= {h: image for h, image in former.items() if image not in wanted}
+        enrolled.former = {h: image for h, image in former.items() if h not in gone}
+        waiting = {row for receipt in receipts if receipt.not_signed for row in receipt.rows}
+        if new := {h: image for h, image in gone.items() if h not in waiting}:
+            own.receipts.begin(own.job, new, own.start.roster)
+        withdrawn = sorted({*waiting, *new})
         handle_of = {image: handle for handle, (image, _) in kept.images.items()}
         added = [image for image in images if image not in handle_of]
         handle_of |= {image: new_handle().hex() for image in added}
@@ -132,7 +143,6 @@ class _Update:
             np.array(asked, np.int64),
             stacked([handle_of[ids[number]] for number in asked]),
             stacked(_yardstick(own, handle_of) if ask else []),
-            self.withdrawn,
         )
 
 
@@ -172,6 +182,7 @@ def enrol_rows(own: MatchingSite, kernel: Kernel, message: Enrol) -> tuple[OwnRo
         rows.queries,
         rows.yardstick,
         own.sign_queries(kernel.id, rows.all_asked),
+        stacked(update.withdrawn),
     )
 
 
@@ -216,6 +227,7 @@ def enrol_shares(
         own.sign_queries(kernel.id, rows.all_asked),
         (delivery.rows, delivery.question),
         boxes,
+        stacked(update.withdrawn),
     )
 
 
@@ -239,6 +251,17 @@ def wanted_images(own: MatchingSite) -> dict[str, str]:
 def stacked(handles: Sequence[str]) -> Handles:
     """Handles (n, ``HANDLE_BYTES``) from their hexadecimal digits."""
     return np.frombuffer(bytes.fromhex("".join(handles)), np.uint8).reshape(-1, HANDLE_BYTES)
+
+
+def _former(
+    own: MatchingSite, kernel: Kernel, enrolled: Enrolled, kept: Enrolled
+) -> dict[str, str]:
+    """Image by handle, of all handles under which one stood and stands no longer.
+
+    Under all other kernels, too: results outlive these, and a patient who goes, goes everywhere.
+    """
+    former = {**own.kernels.handles_under_others(kernel), **enrolled.former}
+    return former | {h: i for h, (i, _) in enrolled.images.items() if h not in kept.images}
 
 
 def _in_order(own: MatchingSite, wanted: dict[str, str]) -> list[str]:

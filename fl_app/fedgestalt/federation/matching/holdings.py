@@ -18,7 +18,8 @@ from fedgestalt.similarity.kernel import Kernel, decoded, encoded
 from fedgestalt.similarity.labels import CASE_BYTES
 
 KERNELS_FOLDER: Final = "kernels"
-_SCHEMA: Final = "fedgestalt.enrolled/1"
+_RECORD: Final = ".enrolled.json"
+_SCHEMA: Final = "fedgestalt.enrolled/2"
 
 
 @dataclass
@@ -29,11 +30,14 @@ class Enrolled:
         images: by handle (hexadecimal), the image's id and a digest of its file.
         planted: by handle, the two images that a planted row lies between.
         cases: by subject, the case handle that other hospitals see.
+        former: by handle under which it no longer stands, the image's id: others may have stored
+            results that name it.
     """
 
     images: dict[str, tuple[str, str]] = field(default_factory=dict)
     planted: dict[str, tuple[str, str]] = field(default_factory=dict)
     cases: dict[str, bytes] = field(default_factory=dict)
+    former: dict[str, str] = field(default_factory=dict)
 
     def keep(self, known: Collection[str], wanted: Mapping[str, str]) -> Enrolled:
         """What of it still holds.
@@ -49,7 +53,7 @@ class Enrolled:
                 images[handle] = image, content
                 seen.add(image)
         planted = {h: p for h, p in self.planted.items() if h in known and seen.issuperset(p)}
-        return Enrolled(images, planted, self.cases)
+        return Enrolled(images, planted, self.cases, self.former)
 
     def case(self, subject: str) -> bytes:
         """The case handle of a subject."""
@@ -106,9 +110,19 @@ class KernelStore:
         Raises:
             ConfigError: the record is damaged.
         """
-        path = self._folder / f"{kernel.id}.enrolled.json"
-        if not path.exists():
-            return Enrolled()
+        path = self._folder / f"{kernel.id}{_RECORD}"
+        return self._read(path) if path.exists() else Enrolled()
+
+    def handles_under_others(self, kernel: Kernel) -> dict[str, str]:
+        """Image by handle, of all records but that of a kernel; raises as :meth:`enrolled`."""
+        found: dict[str, str] = {}
+        for path in self._folder.glob(f"*{_RECORD}"):
+            if path.name != f"{kernel.id}{_RECORD}":
+                other = self._read(path)
+                found |= {**other.former, **{h: image for h, (image, _) in other.images.items()}}
+        return found
+
+    def _read(self, path: Path) -> Enrolled:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             if content["schema"] != _SCHEMA:
@@ -116,13 +130,14 @@ class KernelStore:
             images = {str(handle): (str(i), str(d)) for handle, (i, d) in content["images"].items()}
             planted = {str(h): (str(a), str(b)) for h, (a, b) in content["planted"].items()}
             cases = {str(s): bytes.fromhex(case) for s, case in content["cases"].items()}
+            former = {str(handle): str(image) for handle, image in content["former"].items()}
         except (ValueError, KeyError, TypeError, AttributeError):
             raise ConfigError(
                 "the record of enrolled images is damaged",
                 where=str(path),
                 remedy="remove it; the next matching job enrols this site's images again",
             ) from None
-        return Enrolled(images, planted, cases)
+        return Enrolled(images, planted, cases, former)
 
     def keep_enrolled(self, kernel: Kernel, enrolled: Enrolled) -> None:
         """Store the record."""
@@ -131,8 +146,9 @@ class KernelStore:
             "images": enrolled.images,
             "planted": enrolled.planted,
             "cases": {subject: case.hex() for subject, case in enrolled.cases.items()},
+            "former": enrolled.former,
         }
-        self._write(f"{kernel.id}.enrolled.json", json.dumps(content).encode())
+        self._write(f"{kernel.id}{_RECORD}", json.dumps(content).encode())
 
     def _write(self, name: str, content: bytes) -> None:
         write_privately(self._folder / name, content)

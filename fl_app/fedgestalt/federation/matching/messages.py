@@ -15,6 +15,7 @@ from fedgestalt.messages import (
     Fault,
     Message,
     array,
+    arrays_by_name,
     hexadecimal,
     integer,
     message,
@@ -43,6 +44,9 @@ UPLOAD_BYTES: Final = 16
 YARDSTICK_ROWS: Final = 32
 """Best rows that a site gets for each of its yardstick's images."""
 MAXIMUM_YARDSTICK: Final = 999
+MAXIMUM_WITHDRAWALS: Final = 4096
+"""Most lists of withdrawn rows that are open at a time."""
+_SITES_EVER: Final = 1024
 _ROW_LIMIT = 2**31
 _SIGNATURE_LIMIT = 1024
 _WORDS_LIMIT = 2**32
@@ -209,6 +213,24 @@ class Enrol(Message):
 
 
 @dataclass(frozen=True)
+class Signed(Message):
+    """Server to an owner: who has signed that it keeps nothing of rows that were withdrawn.
+
+    Attributes:
+        handles: of the rows, the owner's among them.
+        signatures: by site, over :func:`withdrawal_statement`.
+        certificates: PEM, of those sites.
+        awaited: who has not signed yet.
+    """
+
+    schema: ClassVar[str] = "fedgestalt.matching.signed/1"
+    handles: Handles = array("uint8", 2)
+    signatures: Mapping[str, bytes] = octets_by_site(1, _SIGNATURE_LIMIT, _SITES_EVER)
+    certificates: Mapping[str, bytes] = octets_by_site(1, 1 << 14, _SITES_EVER)
+    awaited: tuple[str, ...] = several(text(), _SITES_EVER)
+
+
+@dataclass(frozen=True)
 class Enrolment(Message):
     """Site to server: what is new in its part of the gallery, and what it asks about.
 
@@ -221,9 +243,11 @@ class Enrolment(Message):
         yardstick: handles of enrolled rows of diagnosed patients, whose nearest rows tell it how
             far such patients are from each other.
         signature: over :func:`query_statement` of both, for the other sites.
+        withdrawn: handles of what it has taken back, in this job or before, and has no whole
+            receipt of.
     """
 
-    schema: ClassVar[str] = "fedgestalt.matching.enrolment/2"
+    schema: ClassVar[str] = "fedgestalt.matching.enrolment/3"
     kernel: str = hexadecimal(KERNEL_DIGITS)
     removed: Handles = array("uint8", 2)
     rows: NDArray[np.float32] = array("float32", 2)
@@ -232,6 +256,7 @@ class Enrolment(Message):
     queries: Handles = array("uint8", 2)
     yardstick: Handles = array("uint8", 2)
     signature: bytes = octets(1, _SIGNATURE_LIMIT)
+    withdrawn: Handles = array("uint8", 2)
 
     @property
     def asked(self) -> Handles:
@@ -246,9 +271,8 @@ class Enrolment(Message):
             SEALED_BYTES,
         ):
             raise fault(f"{count} rows do not go with its handles and labels")
-        if {self.removed.shape[1], self.queries.shape[1], self.yardstick.shape[1]} != {
-            HANDLE_BYTES
-        }:
+        lists = (self.removed, self.queries, self.yardstick, self.withdrawn)
+        if {some.shape[1] for some in lists} != {HANDLE_BYTES}:
             raise fault("what it removes or asks about is no list of handles")
         for what, handles in (("removes", self.removed), ("asks about", self.asked)):
             if len({handle.tobytes() for handle in handles}) != len(handles):
@@ -274,19 +298,20 @@ class Query(Message):
 
 @dataclass(frozen=True)
 class Consider(Message):
-    """Server to sites: who asks how much, and which rows are withdrawn.
+    """Server to one site: who asks how much, and which rows are withdrawn.
 
     Attributes:
         kernel: of the gallery.
         queries: by site.
-        withdrawn: handles that no site may keep in what it has stored.
+        withdrawn: handles that the site may not keep in what it has stored, and has not signed
+            yet, by their :func:`handles_digest` (hexadecimal). It signs each of these lists.
         certificates: PEM, of the sites that ask.
     """
 
-    schema: ClassVar[str] = "fedgestalt.matching.consider/1"
+    schema: ClassVar[str] = "fedgestalt.matching.consider/2"
     kernel: str = hexadecimal(KERNEL_DIGITS)
     queries: Mapping[str, Query] = message_by_site(Query)
-    withdrawn: Handles = array("uint8", 2)
+    withdrawn: Mapping[str, Handles] = arrays_by_name("uint8")
     certificates: Mapping[str, bytes] = octets_by_site(1, 1 << 14)
 
 
@@ -296,12 +321,12 @@ class Consent(Message):
 
     Attributes:
         kernel: of the gallery.
-        signature: over :func:`withdrawal_statement`.
+        signatures: over :func:`withdrawal_statement`, by digest of the list.
     """
 
-    schema: ClassVar[str] = "fedgestalt.matching.consent/1"
+    schema: ClassVar[str] = "fedgestalt.matching.consent/2"
     kernel: str = hexadecimal(KERNEL_DIGITS)
-    signature: bytes = octets(1, _SIGNATURE_LIMIT)
+    signatures: Mapping[str, bytes] = octets_by_site(1, _SIGNATURE_LIMIT, MAXIMUM_WITHDRAWALS)
 
 
 @dataclass(frozen=True)
@@ -314,21 +339,17 @@ class ReleasedRows(Message):
         scores: (queries, m) cosine similarities.
         yardstick_columns, yardstick_scores: the same for its yardstick, at most
             :data:`YARDSTICK_ROWS` for each.
-        withdrawn: handles that are withdrawn, of all sites.
-        consents: by site, its signature that it keeps nothing of them.
-        certificates: PEM, of those sites.
+        receipts: of lists with rows of this site, by digest.
     """
 
-    schema: ClassVar[str] = "fedgestalt.matching.released-rows/3"
+    schema: ClassVar[str] = "fedgestalt.matching.released-rows/4"
     handles: Handles = array("uint8", 2)
     labels: NDArray[np.uint8] = array("uint8", 2)
     columns: NDArray[np.int32] = array("int32", 2)
     scores: NDArray[np.float32] = array("float32", 2)
     yardstick_columns: NDArray[np.int32] = array("int32", 2)
     yardstick_scores: NDArray[np.float32] = array("float32", 2)
-    withdrawn: Handles = array("uint8", 2)
-    consents: Mapping[str, bytes] = octets_by_site(1, _SIGNATURE_LIMIT)
-    certificates: Mapping[str, bytes] = octets_by_site(1, 1 << 14)
+    receipts: Mapping[str, Signed] = message_by_site(Signed, MAXIMUM_WITHDRAWALS)
 
     def check(self, queries: int, yardstick: int, fault: Fault) -> None:
         """Raise ``fault`` if the parts do not belong together or to what this site asked."""
@@ -411,9 +432,10 @@ class SharedEnrolment(Message):
         signature: over :func:`query_statement`, for the other sites.
         parts: the server's part of the rows, and of the question; each empty without one.
         boxes: the same for each computing site, sealed for it; a computing site keeps its own.
+        withdrawn: see :class:`Enrolment`.
     """
 
-    schema: ClassVar[str] = "fedgestalt.matching.shared-enrolment/3"
+    schema: ClassVar[str] = "fedgestalt.matching.shared-enrolment/4"
     kernel: str = hexadecimal(KERNEL_DIGITS)
     removed: Handles = array("uint8", 2)
     upload: bytes = octets(UPLOAD_BYTES)
@@ -424,6 +446,7 @@ class SharedEnrolment(Message):
     signature: bytes = octets(1, _SIGNATURE_LIMIT)
     parts: tuple[bytes, ...] = several(octets(0, _WORDS_LIMIT), 2)
     boxes: Mapping[str, bytes] = octets_by_site()
+    withdrawn: Handles = array("uint8", 2)
 
     @property
     def asked(self) -> Handles:
@@ -433,7 +456,7 @@ class SharedEnrolment(Message):
     def check(self, fault: Fault) -> None:
         """Raise ``fault`` if the parts do not belong together."""
         count = len(self.handles)
-        lists = (self.removed, self.queries, self.yardstick)
+        lists = (self.removed, self.queries, self.yardstick, self.withdrawn)
         if {some.shape[1] for some in lists} != {HANDLE_BYTES} or len(self.parts) != 2:
             raise fault(f"{count} rows do not go with its queries and parts")
         _check_handles(self.handles, self.labels, count, fault)
@@ -477,18 +500,16 @@ class Answers(Message):
         counts: how many rows each owner has, in that order.
         answer: the server's own.
         boxes: of the computing sites, by name.
-        withdrawn, consents, certificates: see :class:`ReleasedRows`.
+        receipts: see :class:`ReleasedRows`.
     """
 
-    schema: ClassVar[str] = "fedgestalt.matching.answers/2"
+    schema: ClassVar[str] = "fedgestalt.matching.answers/3"
     handles: Handles = array("uint8", 2)
     labels: NDArray[np.uint8] = array("uint8", 2)
     counts: tuple[int, ...] = several(integer(1, _ROW_LIMIT), MAXIMUM_SITES)
     answer: bytes = octets(0, _WORDS_LIMIT)
     boxes: Mapping[str, bytes] = octets_by_site()
-    withdrawn: Handles = array("uint8", 2)
-    consents: Mapping[str, bytes] = octets_by_site(1, _SIGNATURE_LIMIT)
-    certificates: Mapping[str, bytes] = octets_by_site(1, 1 << 14)
+    receipts: Mapping[str, Signed] = message_by_site(Signed, MAXIMUM_WITHDRAWALS)
 
 
 @dataclass(frozen=True)
@@ -572,9 +593,12 @@ def query_statement(job: str, kernel: str, site: str, count: int, handles: bytes
     return digest("matching query", *(part.encode() for part in texts), handles)
 
 
-def withdrawal_statement(job: str, kernel: str, site: str, handles: bytes) -> bytes:
-    """What a site signs that keeps nothing of the rows with these handles."""
-    return digest("matching withdrawal", *(t.encode() for t in (job, kernel, site)), handles)
+def withdrawal_statement(site: str, handles: bytes) -> bytes:
+    """What a site signs that keeps nothing of the rows with these handles.
+
+    It is not bound to a job: sites sign the same list in different ones.
+    """
+    return digest("matching withdrawal", site.encode(), handles)
 
 
 def handles_digest(handles: Handles) -> bytes:

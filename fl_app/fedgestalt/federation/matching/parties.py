@@ -17,17 +17,17 @@ from fedgestalt.federation.matching.messages import (
     Compute,
     Computed,
     EnrolShares,
-    Handles,
     SharedEnrolment,
     ShareHoldings,
+    Signed,
 )
 from fedgestalt.federation.matching.shares import Delivery, Party, holdings
 from fedgestalt.federation.tasks import COMPUTE, ENROL_SHARES, SHARES_HELD
 from fedgestalt.messages import from_site
 from fedgestalt.similarity.kernel import KernelKeys
 
-CheckQuery = Callable[[str, Handles, bytes], None]
-"""Raises PeerError if a site has not signed what it asks (site, handles, signature)."""
+Accept = Callable[[str, SharedEnrolment], None]
+"""Raises PeerError if a site may not ask or take back what it does; notes what it takes back."""
 
 
 class Parties:
@@ -71,7 +71,7 @@ class Parties:
             raise _lost()
 
     def enrol(
-        self, keys: KernelKeys, sites: Collection[str], ask: bool, check_query: CheckQuery
+        self, keys: KernelKeys, sites: Collection[str], ask: bool, accept: Accept
     ) -> Mapping[str, SharedEnrolment]:
         """Every site's part of the gallery is up to date; returns what came, by site.
 
@@ -88,10 +88,8 @@ class Parties:
             new.check(fault)
             if new.kernel != self._kernel or new.boxes.keys() != set(self._computing) - {site}:
                 raise PeerError("its shares are not for the job's computing sites", site=site)
-            check_query(site, new.asked, new.signature)
+            accept(site, new)
             own = self._gallery.part(site)
-            if (own.at(new.removed) < 0).any():
-                raise PeerError("it removes rows that it does not have in the gallery", site=site)
             staying = own.handles[:0] if site in self._stale else absent(own.handles, new.removed)
             delivery = Delivery(new.upload, np.concatenate([staying, new.handles]), *new.parts)
             self._party.take(site, delivery, fault, new.labels)
@@ -136,9 +134,7 @@ class Parties:
     def _owners(self) -> list[str]:
         return [site for site in self._gallery.sites if site not in self.left_out]
 
-    def compute(
-        self,
-    ) -> Callable[[str, Handles, Mapping[str, bytes], Mapping[str, bytes]], Answers]:
+    def compute(self) -> Callable[[str, Mapping[str, Signed]], Answers]:
         """All parties compute; returns what makes a site's answers (see :class:`Answers`).
 
         Raises:
@@ -169,12 +165,7 @@ class Parties:
             raise _lost()
         own = self._party.answers(order, {site: from_site(site) for site in self._enrolled})
 
-        def answers(
-            site: str,
-            withdrawn: Handles,
-            consents: Mapping[str, bytes],
-            certificates: Mapping[str, bytes],
-        ) -> Answers:
+        def answers(site: str, receipts: Mapping[str, Signed]) -> Answers:
             owners = order if site in own else []
             parts = [no_rows(), *(self._gallery.part(owner) for owner in owners)]
             return Answers(
@@ -183,9 +174,7 @@ class Parties:
                 tuple(map(len, parts[1:])),
                 own.get(site, b""),
                 sealed.get(site, {}),
-                withdrawn,
-                consents,
-                certificates,
+                receipts,
             )
 
         return answers

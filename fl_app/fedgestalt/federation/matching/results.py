@@ -30,8 +30,7 @@ from fedgestalt.similarity.labels import PLANTED, Label
 from fedgestalt.similarity.ranking import score_syndromes
 
 MATCHES_SCHEMA: Final = "fedgestalt.matches/3"
-RECEIPT_SCHEMA: Final = "fedgestalt.withdrawal/1"
-MATCHES_FOLDER, RECEIPTS_FOLDER, LEDGER = "matches", "withdrawals", "queries.jsonl"
+MATCHES_FOLDER, LEDGER = "matches", "queries.jsonl"
 _RANKED, _NEIGHBOURS = 10, 10
 _GALLERY: Final = FREQUENT_GALLERY | rare_gallery(0)
 """Roles of diagnosed reference images, of rare syndromes those of the first split."""
@@ -250,42 +249,6 @@ class QueryLedger:
         self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-
-
-def write_receipt(
-    store: Path,
-    job: str,
-    kernel: str,
-    handles: Handles,
-    images: Sequence[str],
-    consents: Mapping[str, bytes],
-    certificates: Mapping[str, bytes],
-) -> None:
-    """Store who has signed that it keeps nothing of what is withdrawn.
-
-    That the server has removed the rows is its word alone.
-
-    Args:
-        store: the site's folder.
-        job, kernel: names.
-        handles: of all rows that were withdrawn in the job.
-        images: this site's own that were withdrawn.
-        consents: checked signatures, by site.
-        certificates: PEM, of those sites.
-    """
-    content = {
-        "schema": RECEIPT_SCHEMA,
-        "job": job,
-        "kernel": kernel,
-        "day": _today(),
-        "images": list(images),
-        "handles": [handle.tobytes().hex() for handle in handles],
-        "sites": {
-            site: {"signature": signature.hex(), "certificate": certificates[site].decode()}
-            for site, signature in sorted(consents.items())
-        },
-    }
-    write_privately(store / RECEIPTS_FOLDER / f"{job}.json", json.dumps(content, indent=1).encode())
 
 
 def _today() -> str:

@@ -26,6 +26,7 @@ from fedgestalt.federation.matching.messages import (
     handles_digest,
     query_statement,
 )
+from fedgestalt.federation.matching.receipts import Receipts
 from fedgestalt.federation.site.settings import SiteSettings
 from fedgestalt.hooks import get_registry
 from fedgestalt.hooks.registry import Registry
@@ -113,6 +114,11 @@ class MatchingSite:
     def kernels(self) -> KernelStore:
         """Its standing kernels."""
         return KernelStore(self.store)
+
+    @property
+    def receipts(self) -> Receipts:
+        """Of what it has taken back."""
+        return Receipts(self.store)
 
     @property
     def registry(self) -> Registry:

@@ -6,6 +6,7 @@ rows and hands each site the best ones for its own queries. It learns similariti
 handles, no label, no embedding, and not how any query was ranked.
 
 A site that is lost is left out: its queries stay unanswered, its rows of a standing gallery stay.
+What it is to forget it is told in the next job, see :mod:`.withdrawals`.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from fedgestalt.federation.matching.galleries import (
     Galleries,
     Gallery,
     Rows,
+    absent,
     masked_rows,
 )
 from fedgestalt.federation.matching.messages import (
@@ -54,6 +56,7 @@ from fedgestalt.federation.matching.messages import (
     withdrawal_statement,
 )
 from fedgestalt.federation.matching.parties import Parties
+from fedgestalt.federation.matching.withdrawals import WITHDRAWALS_FILE, Withdrawals
 from fedgestalt.federation.site.settings import ALL_ROWS
 from fedgestalt.federation.tasks import (
     CONSIDER,
@@ -66,7 +69,6 @@ from fedgestalt.federation.tasks import (
 from fedgestalt.hooks import get_registry
 from fedgestalt.messages import Message, from_site
 from fedgestalt.similarity.gram import TopRows, dense_gram, similarities_of, top_rows
-from fedgestalt.similarity.labels import HANDLE_BYTES
 
 GRAM_FILE = "gram.npz"
 _NOTHING = TopRows(np.empty((0, 0), np.int64), np.empty((0, 0), np.float32))
@@ -137,6 +139,8 @@ class FlakeSimilarityWorkflow(PhasedWorkflow):
         workspace = fl_ctx.get_engine().get_workspace()
         root = Path(workspace.get_root_dir())
         self._galleries = Galleries(root / GALLERIES_FOLDER)
+        kept = root / WITHDRAWALS_FILE if self._standing else None
+        self._withdrawals = Withdrawals(kept, fl_ctx.get_job_id())
         self._uploads = UploadDesk(self.folder / "uploads")
         self._downloads = DownloadDesk()
         self._uploads.register(fl_ctx.get_engine())
@@ -222,10 +226,11 @@ class FlakeSimilarityWorkflow(PhasedWorkflow):
     def _match_rows(self, kernel: str, strategy: MatchingStrategy) -> dict[str, Any]:
         """The server alone compares masked rows."""
         gallery = self._galleries.gallery(kernel) if self._standing else Gallery()
-        queries, withdrawn = self._enrol(kernel, gallery)
-        consents = self._consider(kernel, queries, withdrawn)
+        self._remember(gallery)
+        queries = self._enrol(kernel, gallery)
+        self._consider(kernel, queries)
         rows = gallery.rows
-        self._release(rows, kernel, queries, withdrawn, consents)
+        self._release(rows, kernel, queries)
         if self._standing:
             self._galleries.keep_only(kernel, self._for)
         if self._keep_gram:
@@ -234,7 +239,7 @@ class FlakeSimilarityWorkflow(PhasedWorkflow):
         return {
             "rows": len(rows),
             "dimensions": int(rows.rows.shape[1]),
-            "withdrawn": len(withdrawn),
+            **self._taken_back(queries),
         }
 
     # the handshake
@@ -335,10 +340,9 @@ class FlakeSimilarityWorkflow(PhasedWorkflow):
 
     # the gallery
 
-    def _enrol(self, kernel: str, gallery: Gallery) -> tuple[dict[str, Enrolment], Handles]:
-        """Everybody's part is up to date; returns what they ask, and what is withdrawn."""
+    def _enrol(self, kernel: str, gallery: Gallery) -> dict[str, Enrolment]:
+        """Everybody's part is up to date; returns what came, by site."""
         enrolled: dict[str, Enrolment] = {}
-        withdrawn: list[Handles] = [np.empty((0, HANDLE_BYTES), np.uint8)]
 
         def on_reply(site: str, fields: object) -> None:
             fault = from_site(site)
@@ -346,13 +350,11 @@ class FlakeSimilarityWorkflow(PhasedWorkflow):
             new.check(fault)
             if new.kernel != kernel:
                 raise PeerError(f"it enrolled under kernel {new.kernel}, not {kernel}", site=site)
+            self._take_back(site, new, kernel, gallery)
             gallery.enrol(site, new.removed, masked_rows(new.rows, new.handles, new.labels))
-            if len(new.removed):
-                self._galleries.withdraw(site, new.removed, kernel)
             if (gallery.part(site).at(new.asked) < 0).any():
                 raise PeerError("it asks about a row that it has not enrolled", site=site)
             self._check_query(kernel, site, new.asked, new.signature)
-            withdrawn.append(new.removed)
             enrolled[site] = new
 
         asks = int(self._purpose != GALLERY)
@@ -362,43 +364,65 @@ class FlakeSimilarityWorkflow(PhasedWorkflow):
         self.ask(ENROL, messages, on_reply, set(self.here))
         if not len(gallery.rows):
             raise ServerError("the gallery is empty: no site has enrolled an image", where="job")
-        return enrolled, np.concatenate(withdrawn)
+        return enrolled
+
+    def _remember(self, gallery: Gallery) -> None:
+        """Open withdrawals, and who may have got rows when the next one comes."""
+        if self._standing:
+            self._withdrawals.take_part({*self.roster, *gallery.sites})
+
+    def _take_back(
+        self, site: str, new: Enrolment | SharedEnrolment, kernel: str, gallery: Gallery
+    ) -> None:
+        """Write down what a site takes back, before its rows leave this gallery and all others.
+
+        Raises:
+            PeerError: it removes what is not its own, or what the others are not to hear of.
+        """
+        if (gallery.part(site).at(new.removed) < 0).any():
+            raise PeerError("it removes rows that it does not have in the gallery", site=site)
+        others = [gallery.part(s) for s in gallery.sites if s != site and len(new.withdrawn)]
+        if any((part.at(new.withdrawn) >= 0).any() for part in others):
+            raise PeerError("it withdraws rows of another site", site=site)
+        if len(absent(new.removed, new.withdrawn)):
+            raise PeerError("it removes rows of which the others are not to hear", site=site)
+        fresh = self._withdrawals.add(site, new.withdrawn)
+        self._galleries.withdraw(site, fresh, kernel)
+
+    def _taken_back(
+        self, enrolled: Mapping[str, Enrolment] | Mapping[str, SharedEnrolment]
+    ) -> dict[str, Any]:
+        """How many rows went in this job, and who has not signed something yet."""
+        removed = sum(len(new.removed) for new in enrolled.values())
+        return {"withdrawn": removed, "not_signed": self._withdrawals.awaited}
 
     def _consider(
-        self,
-        kernel: str,
-        queries: Mapping[str, Enrolment] | Mapping[str, SharedEnrolment],
-        withdrawn: Handles,
-    ) -> dict[str, bytes]:
-        """Every site agrees to what is asked; returns its signature on what is withdrawn."""
-        consents: dict[str, bytes] = {}
-        digest = handles_digest(withdrawn)
+        self, kernel: str, queries: Mapping[str, Enrolment] | Mapping[str, SharedEnrolment]
+    ) -> None:
+        """Every site agrees to what is asked, and signs what it has forgotten."""
+        withdrawals, here = self._withdrawals, set(self.here)
+        shown = {site: withdrawals.unsigned(site) for site in here}
 
         def on_reply(site: str, fields: object) -> None:
-            consent = Consent.from_fields(fields, from_site(site))
-            statement = withdrawal_statement(self._job, kernel, site, digest)
-            self._members[site].identity.verify(statement, consent.signature)
-            consents[site] = consent.signature
+            signatures = Consent.from_fields(fields, from_site(site)).signatures
+            if signatures.keys() != shown[site].keys():
+                raise PeerError("it signs other withdrawals than it was shown", site=site)
+            member = self._members[site]
+            for name, signature in signatures.items():
+                statement = withdrawal_statement(site, bytes.fromhex(name))
+                member.identity.verify(statement, signature)
+            withdrawals.sign(site, signatures, member.certificate)
 
         asked = {
             site: Query(len(new.asked), handles_digest(new.asked), new.signature)
             for site, new in queries.items()
         }
         certificates = {site: self._members[site].certificate for site in asked}
-        message = Consider(kernel, asked, withdrawn, certificates)
-        self.ask(CONSIDER, message, on_reply, set(self.here))
-        return consents
+        messages = {site: Consider(kernel, asked, shown[site], certificates) for site in here}
+        self.ask(CONSIDER, messages, on_reply, here)
 
-    def _release(
-        self,
-        rows: Rows,
-        kernel: str,
-        queries: Mapping[str, Enrolment],
-        withdrawn: Handles,
-        consents: Mapping[str, bytes],
-    ) -> None:
+    def _release(self, rows: Rows, kernel: str, queries: Mapping[str, Enrolment]) -> None:
         similarities = similarities_of(get_registry().matching.get(self._strategy))
-        certificates = {site: self._members[site].certificate for site in consents}
         count = len(rows) if self._released_rows == ALL_ROWS else self._released_rows
         released = {}
 
@@ -417,16 +441,17 @@ class FlakeSimilarityWorkflow(PhasedWorkflow):
                 found.scores,
                 np.searchsorted(named, typical.rows).astype(np.int32),
                 typical.scores,
-                withdrawn,
-                dict(consents),
-                certificates,
+                self._withdrawals.receipts(site),
             )
+        self.ask(RANK, released, self._on_ranked(kernel), set(self.here))
 
-        def on_reply(site: str, fields: object) -> None:
+    def _on_ranked(self, kernel: str) -> OnReply:
+        def on_ranked(site: str, fields: object) -> None:
             if Ranked.from_fields(fields, from_site(site)).kernel != kernel:
                 raise PeerError("it ranked under another kernel", site=site)
+            self._withdrawals.close(site)
 
-        self.ask(RANK, released, on_reply, set(self.here))
+        return on_ranked
 
     # shares, where several parties compute
 
@@ -435,34 +460,31 @@ class FlakeSimilarityWorkflow(PhasedWorkflow):
         gallery = self._galleries.gallery(kernel) if self._standing else Gallery()
         parties = Parties(strategy, kernel, self._computing, gallery, self.ask)
         keys = self._exchanges.meet(self.here, kernel, *self._settled, self._minimum)
+
+        def accept(site: str, new: SharedEnrolment) -> None:
+            self._check_query(kernel, site, new.asked, new.signature)
+            self._take_back(site, new, kernel, gallery)
+
+        self._remember(gallery)
         if self._standing:
             parties.compare_holdings()
         enrolled = parties.enrol(
             keys,
             set(self.here),
             self._purpose != GALLERY,
-            lambda site, asked, signature: self._check_query(kernel, site, asked, signature),
+            accept,
         )
-        for site, new in enrolled.items():
-            self._galleries.withdraw(site, new.removed, kernel)
-        withdrawn = np.concatenate([new.removed for new in enrolled.values()])
-        consents = self._consider(kernel, enrolled, withdrawn)
+        self._consider(kernel, enrolled)
         answers = parties.compute()
-        certificates = {site: self._members[site].certificate for site in consents}
         released = {
-            site: answers(site, withdrawn, consents, certificates) for site in sorted(self.here)
+            site: answers(site, self._withdrawals.receipts(site)) for site in sorted(self.here)
         }
-
-        def on_ranked(site: str, fields: object) -> None:
-            if Ranked.from_fields(fields, from_site(site)).kernel != kernel:
-                raise PeerError("it ranked under another kernel", site=site)
-
-        self.ask(RANK_SHARES, released, on_ranked, set(self.here))
+        self.ask(RANK_SHARES, released, self._on_ranked(kernel), set(self.here))
         if self._standing:
             self._galleries.keep_only(kernel, self._for)
         return {
             "rows": parties.rows,
-            "withdrawn": len(withdrawn),
+            **self._taken_back(enrolled),
             "computing": list(self._computing),
             "re_enrolled": parties.re_enrolled,
             "left_out": parties.left_out,
