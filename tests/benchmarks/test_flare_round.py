@@ -1,10 +1,10 @@
 """A whole round of 65.2 million parameters over FLARE: provisioned kits, mutual TLS, loopback.
 
 Training is replaced by a small change of every parameter, so that a round is what the federation
-itself costs. The same job runs with and without mask streams, A B B A: the first job of a consortium is
-slower. The plain round is the one
-without streams, less the phases that only masking needs (keys, shares, survivors, unmask). What the
-server does after a phase's last answer is no part of the phase: the plain round sums as well.
+itself costs. The same job runs with and without mask streams, A B B A: the first job of a
+consortium is slower. The plain round is the one without streams, less the phases that only masking
+needs (keys, shares, survivors, unmask). What the server does after a phase's last answer is no part
+of the phase: the plain round sums as well.
 """
 
 from __future__ import annotations
