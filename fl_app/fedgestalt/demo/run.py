@@ -105,9 +105,10 @@ def _work_folder(out: Path) -> Iterator[Path]:
         yield work
     except FedgestaltError as error:
         kept = out / "logs"
-        for log in work.glob("*.log"):
-            kept.mkdir(exist_ok=True)
-            shutil.copy(log, kept / log.name)
+        for log in (*work.glob("*.log"), *work.glob("seed-*/*.log")):
+            place = kept / log.relative_to(work)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(log, place)
         if str(work) in error.remedy:
             error.remedy = error.remedy.replace(str(work), str(kept))
         raise
