@@ -33,7 +33,10 @@ _TRANSFER_LIMITS = ("streaming_idle_timeout", "np_streaming_per_request_timeout"
 """FLARE's limits for one array on the line; too short for large models on slow lines."""
 _OUR_WATCH_DECIDES = {"dead_client_grace_period": 1e9}
 """By itself, FLARE ends a job a minute after the death of a site that it names."""
-_AGGREGATOR = ("scope", "rule", "reveal_aggregate_to", "threat_model", "server_momentum")
+_AGGREGATOR = (
+    *("scope", "rule", "reveal_aggregate_to", "threat_model"),
+    *("server_optimiser", "server_learning_rate", "server_momentum"),
+)
 """Fields of the training job that are the aggregator's arguments."""
 _TENSORBOARD = "nvflare.app_opt.tracking.tb.tb_receiver.TBAnalyticsReceiver"
 
@@ -110,6 +113,14 @@ class TrainingJob(JobSpec):
         default="malicious",
         description="what the server may do without learning more than the sum; honest-but-curious"
         " trusts it to follow the protocol, so that more sites may be lost",
+    )
+    server_optimiser: Literal["sgd", "adam"] = Field(
+        default="sgd",
+        description="what makes a step of a round's mean update (FedOpt); sgd: the update itself"
+        " but for learning rate and momentum; adam: meant for `optimiser: sgd` in the members",
+    )
+    server_learning_rate: float = Field(
+        default=1.0, ge=1e-6, le=1e6, description="of the server's optimiser"
     )
     server_momentum: float = Field(
         default=0.0,

@@ -14,6 +14,7 @@ output.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import json
 import sys
@@ -35,6 +36,7 @@ from retention_study import (
     Setting,
     open_photographs,
     run,
+    usual_schedule,
 )
 
 from fedgestalt.errors import FedgestaltError
@@ -45,19 +47,22 @@ def settings(arguments: argparse.Namespace) -> Iterator[Setting]:
     for cohort, seed in itertools.product(arguments.cohort, range(1, arguments.seeds + 1)):
         common = {"cohort": cohort, "seed": seed, "on_validation": arguments.validation}
         for rounds_and_epochs in arguments.schedules or [None]:
-            schedules = {
-                side: _changed(SIDES[side], rounds_and_epochs, arguments) for side in SIDES
-            }
+
+            def schedule(
+                side: str, rule: str = "", changed: tuple[int, int] | None = rounds_and_epochs
+            ) -> Schedule:
+                return _changed(usual_schedule(side, rule), changed, arguments)
+
             if "centralised" in arguments.sides:
-                yield Setting(side="centralised", schedule=schedules["centralised"], **common)
+                yield Setting(side="centralised", schedule=schedule("centralised"), **common)
             for split, sites in itertools.product(arguments.splits, arguments.sites):
                 place: dict[str, Any] = {"sites": sites, "split": split, **common}
                 if "federated" in arguments.sides:
                     for rule in arguments.rules:
-                        schedule = schedules["federated"]
-                        yield Setting(side="federated", rule=rule, schedule=schedule, **place)
+                        one = schedule("federated", rule)
+                        yield Setting(side="federated", rule=rule, schedule=one, **place)
                 if "local-only" in arguments.sides:
-                    yield Setting(side="local-only", schedule=schedules["local-only"], **place)
+                    yield Setting(side="local-only", schedule=schedule("local-only"), **place)
 
 
 def _changed(
@@ -67,7 +72,14 @@ def _changed(
     rounds, epochs = rounds_and_epochs or (usual.rounds, usual.epochs)
     momentum = usual.momentum if arguments.momentum is None else arguments.momentum
     training = {**usual.training, **dict(arguments.training)}
-    return Schedule(rounds, epochs, training, momentum, arguments.neck)
+    return dataclasses.replace(
+        usual,
+        rounds=rounds,
+        epochs=epochs,
+        training=training,
+        momentum=momentum,
+        neck=arguments.neck,
+    )
 
 
 def key_of(facts: dict[str, Any]) -> str:

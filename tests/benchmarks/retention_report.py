@@ -20,7 +20,7 @@ from typing import Any, Final
 import numpy as np
 from markupsafe import escape
 from numpy.typing import NDArray
-from retention_study import ENSEMBLE, FULL, SIDES, SPLITS, TRAINED, UNTOUCHED
+from retention_study import ENSEMBLE, FULL, SPLITS, TRAINED, UNTOUCHED, usual_schedule
 
 TOP_K: Final = (1, 5, 10)
 TARGETS: Final = {"near-uniform": 0.99, "non-overlapping": 0.97}
@@ -52,7 +52,7 @@ class Group:
     def of(cls, line: Line) -> Group:
         """The group of a run."""
         s = line["setting"]
-        usual, schedule = SIDES[s["side"]], s["schedule"]
+        usual, schedule = usual_schedule(s["side"], s["rule"]), s["schedule"]
         parts = [s["rule"]] if s["rule"] else []
         if (schedule["rounds"], schedule["epochs"]) != (usual.rounds, usual.epochs):
             parts.append(f"{schedule['rounds']} x {schedule['epochs']}")

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from fedgestalt.cohort import Cohort, default_cache, materialise, read_cohort, split_cohort
-from fedgestalt.federation.training.model import GlobalModel
+from fedgestalt.federation.training.model import GlobalModel, Optimiser, ServerStep
 from fedgestalt.federation.training.rounds import (
     Aggregation,
     Rule,
@@ -61,11 +61,15 @@ FULL, QUARTERS = "full", "quarters"
 
 TRAINED, UNTOUCHED = "fine-tuned", "original"
 ENSEMBLE = "ensemble"
+ADAPTIVE = "adaptive"
+"""Gradient steps at the sites, pooled BatchNorm, and Adam at the server (FedAdam)."""
 RULES: Final = {
     "mean": Aggregation(),
     "class-weighted": Aggregation(rule=Rule.CLASS_WEIGHTED),
     "encoder-only": Aggregation(scope=Scope.ENCODER),
+    ADAPTIVE: Aggregation(),
 }
+"""How a federation averages; :data:`ADAPTIVE` makes its steps in another way as well."""
 SPLITS: Final[Mapping[str, tuple[str, float]]] = {
     "near-uniform": ("near-uniform", 0.5),
     "dirichlet-1": ("dirichlet", 1.0),
@@ -88,6 +92,7 @@ class Schedule:
         epochs: local ones per round.
         training: other settings of :class:`TrainingSpec`.
         momentum: of the server (FedAvgM); of the federation alone.
+        optimiser: of the server, with its ``learning_rate``.
         neck: ``full`` trains all 6.4 million weights of the network's own neck, ``quarters`` half a
             million behind :class:`Quarters`, at a fifth of the cost.
     """
@@ -97,6 +102,13 @@ class Schedule:
     training: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     momentum: float = 0.0
     neck: str = QUARTERS
+    optimiser: str = "sgd"
+    learning_rate: float = 1.0
+
+    @property
+    def step(self) -> ServerStep:
+        """Of the federation's model."""
+        return ServerStep(Optimiser(self.optimiser), self.learning_rate, self.momentum)
 
     def ensemble(self, seed: int) -> EnsembleSpec:
         """A network whose neck and head train, and the untouched original."""
@@ -118,6 +130,28 @@ SIDES: Final[Mapping[str, Schedule]] = {
 }
 """What each side trains with unless told otherwise, chosen on validation photographs; all train for
 20 epochs."""
+ADAPTIVE_SCHEDULE: Final = Schedule(
+    60,
+    1,
+    {
+        "batch_size": 128,
+        "optimiser": "sgd",
+        "batch_norm": "pooled",
+        "learning_rate": 1e-2,
+        "head_learning_rate": 1e-2,
+        "weight_decay": 0.0,
+        "head_weight_decay": 0.0,
+    },
+    momentum=0.9,
+    optimiser="adam",
+    learning_rate=1e-2,
+)
+"""Of :data:`ADAPTIVE`: most hospitals make one step a round, with all of their photographs."""
+
+
+def usual_schedule(side: str, rule: str = "") -> Schedule:
+    """What a side trains with unless told otherwise."""
+    return ADAPTIVE_SCHEDULE if rule == ADAPTIVE else SIDES[side]
 
 
 @dataclass(frozen=True)
@@ -281,7 +315,7 @@ def federate(
         rounds: how many.
     """
     start = read_shared_state(ensemble)
-    model = GlobalModel(aggregation.shared(start, ensemble.spec), aggregation.momentum)
+    model = GlobalModel(aggregation.shared(start, ensemble.spec), aggregation.step)
     rest = {name: values for name, values in start.items() if name not in model.state}
     own = dict.fromkeys(trainers, rest)
     ranges = first_ranges(model.state, ensemble.spec)
@@ -303,7 +337,7 @@ def federate(
             counts = row_weights(plan, targets)
             total += plan.encode(with_metrics(update, metrics), len(targets), counts)
         aggregate = plan.decode(total)
-        ranges = next_ranges(ranges, aggregate)
+        ranges = next_ranges(ranges, aggregate, number)
         model.step(aggregate.mean)
     return {**rest, **model.state}
 
@@ -341,7 +375,10 @@ class Setting:
     def facts(self) -> dict[str, Any]:
         """As a line of the result says them."""
         facts = dataclasses.asdict(self)
-        return facts | {"schedule": dict(dataclasses.asdict(self.schedule))}
+        if facts["schedule"]["optimiser"] == Schedule().optimiser:
+            for name in ("optimiser", "learning_rate"):
+                del facts["schedule"][name]
+        return facts
 
 
 def run(setting: Setting, photographs: Photographs) -> dict[str, Any]:
@@ -381,8 +418,7 @@ def run(setting: Setting, photographs: Photographs) -> dict[str, Any]:
     trainers = {site: _trainer(ensemble, photographs, silos[site], site) for site in sites}
     result["site_images"] = [len(silo.train) for silo in silos.values()]
     if setting.side == "federated":
-        momentum = setting.schedule.momentum
-        aggregation = dataclasses.replace(RULES[setting.rule], momentum=momentum)
+        aggregation = dataclasses.replace(RULES[setting.rule], step=setting.schedule.step)
         write_shared_state(ensemble, federate(ensemble, trainers, aggregation, rounds))
         result["ranks"] = _ranks(ensemble, photographs, queries, dealt.frequent_gallery)
         return result

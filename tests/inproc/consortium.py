@@ -65,6 +65,7 @@ from fedgestalt.federation.matching.workflow import FlakeSimilarityWorkflow
 from fedgestalt.federation.site.outgoing import OutgoingGuard
 from fedgestalt.federation.training.aggregator import ZeroSumMaskAggregator
 from fedgestalt.federation.training.executor import EnsembleTrainer
+from fedgestalt.federation.training.model import Optimiser, ServerStep
 from fedgestalt.federation.training.rounds import (
     Aggregation,
     Rule,
@@ -847,7 +848,9 @@ class Plain:
             Recipient(job.reveal_aggregate_to),
             ThreatModel(job.threat_model),
             job.max_images_per_site,
-            job.server_momentum,
+            ServerStep(
+                Optimiser(job.server_optimiser), job.server_learning_rate, job.server_momentum
+            ),
         )
         classes = training_set(next(iter(self.silos.values()))).classes
         ensemble = build_ensemble(job.ensemble, classes, get_registry())
@@ -874,7 +877,7 @@ class Plain:
         """The model before the first round, and after each."""
         states = [self.start]
         aggregated = self.aggregation.shared(self.start, self.job.ensemble)
-        velocity: dict[str, Any] = {}
+        remembered: dict[str, dict[str, Any]] = {}
         model = dict(aggregated)
         rest = {name: v for name, v in self.start.items() if name not in aggregated}
         own = {site: dict(rest) for site in self.silos}
@@ -890,15 +893,29 @@ class Plain:
                 total += self._encode(plan, site, with_metrics(update, metrics))
             aggregate = plan.decode(total)
             if self.aggregation.recipient is Recipient.SERVER:
-                ranges = next_ranges(ranges, aggregate)
+                ranges = next_ranges(ranges, aggregate, number)
             for name, values in model.items():
                 step = aggregate.mean[name]
-                if self.aggregation.momentum and "running_" not in name:
-                    last = velocity.get(name, np.zeros_like(step))
-                    step = velocity[name] = last * np.float32(self.aggregation.momentum) + step
+                if "running_" not in name:
+                    step = self._moved(step, remembered.setdefault(name, {}))
                 model[name] = values + step
             states.append({**rest, **model})
         return states
+
+    def _moved(self, mean: Any, remembered: dict[str, Any]) -> Any:
+        """What the server's optimiser makes of a tensor's mean update."""
+        one, rate, beta = map(
+            np.float32, (1, self.job.server_learning_rate, self.job.server_momentum)
+        )
+        last = remembered.get("velocity", np.zeros_like(mean))
+        if self.job.server_optimiser == "sgd":
+            remembered["velocity"] = last * beta + mean
+            return remembered["velocity"] * rate
+        tau, gamma = np.float32(1e-6), np.float32(0.99)
+        squares = remembered.get("squares", np.full_like(mean, tau * tau))
+        remembered["velocity"] = last * beta + mean * (one - beta)
+        remembered["squares"] = squares * gamma + mean * mean * (one - gamma)
+        return remembered["velocity"] * rate / (np.sqrt(remembered["squares"]) + tau)
 
     def digest(self, *rounds: Summed) -> str:
         """Of the ensemble that is published after these rounds."""

@@ -110,7 +110,7 @@ def test_sites_that_were_told_different_momenta_open_no_sum(
     consortium = Consortium(tmp_path, source=three_sites, on_download=lie)
     run = consortium.run(MOMENTUM)
     assert run.outcome["status"] == "failed"
-    assert "the model has another momentum than the job" in str(run.outcome)
+    assert "the model moves in another way than the job says" in str(run.outcome)
     assert run.signed == []
 
 

@@ -11,6 +11,7 @@ import torch
 from consortium import Consortium, tiny_ensemble
 from retention_study import Schedule, deal_roles, federate, member_vectors, with_small_neck
 
+from fedgestalt.federation.training.model import Optimiser, ServerStep
 from fedgestalt.federation.training.rounds import Aggregation, Rule, Scope
 from fedgestalt.hooks import get_registry
 from fedgestalt.jobs import TrainingJob
@@ -30,9 +31,13 @@ CPU = torch.device("cpu")
         ({}, Aggregation()),
         ({"rule": "class-weighted"}, Aggregation(rule=Rule.CLASS_WEIGHTED)),
         ({"scope": "encoder"}, Aggregation(scope=Scope.ENCODER)),
-        ({"server_momentum": 0.5}, Aggregation(momentum=0.5)),
+        ({"server_momentum": 0.5}, Aggregation(step=ServerStep(momentum=0.5))),
+        (
+            {"server_optimiser": "adam", "server_learning_rate": 0.003, "server_momentum": 0.9},
+            Aggregation(step=ServerStep(Optimiser.ADAM, 0.003, 0.9)),
+        ),
     ],
-    ids=["mean", "class-weighted", "encoder-only", "momentum"],
+    ids=["mean", "class-weighted", "encoder-only", "momentum", "adam"],
 )
 def test_the_studys_rounds_come_to_the_model_of_the_masked_job(
     tmp_path: Path, three_sites: Consortium, changes: dict[str, Any], aggregation: Aggregation

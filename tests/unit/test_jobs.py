@@ -85,6 +85,8 @@ jobs = (
         rule=st.sampled_from(["mean", "class-weighted"]),
         reveal_aggregate_to=st.sampled_from(["server", "sites"]),
         threat_model=st.sampled_from(["malicious", "honest-but-curious"]),
+        server_optimiser=st.sampled_from(["sgd", "adam"]),
+        server_learning_rate=st.floats(1e-6, 1e6),
         server_momentum=st.floats(0, 1, exclude_max=True),
         resume_from=st.from_regex(r"[A-Za-z0-9-]{0,64}", fullmatch=True),
         **common,
@@ -171,6 +173,8 @@ def test_how_a_job_aggregates_is_said_to_the_aggregator_alone(tmp_path: Path) ->
         "rule": "class-weighted",
         "reveal_aggregate_to": "sites",
         "threat_model": "honest-but-curious",
+        "server_optimiser": "adam",
+        "server_learning_rate": 0.01,
         "server_momentum": 0.5,
     }
     render_job(TrainingJob(**said), tmp_path / "job")
@@ -267,7 +271,9 @@ def test_flare_can_build_the_aggregator_of_every_training(job: JobSpec) -> None:
     assert (chosen.scope, chosen.rule) == (job.scope, job.rule)
     assert (chosen.recipient, chosen.threat_model) == (job.reveal_aggregate_to, job.threat_model)
     assert chosen.max_weight == job.max_images_per_site
-    assert chosen.momentum == job.server_momentum
+    step = chosen.step
+    assert (step.optimiser, step.momentum) == (job.server_optimiser, job.server_momentum)
+    assert step.learning_rate == job.server_learning_rate
 
 
 def test_a_job_says_nothing_of_a_sites_folders(folder: Path) -> None:
@@ -400,12 +406,16 @@ def test_an_unknown_key_names_the_nearest_known_one(key: str, advice: str) -> No
         ("rule", "median"),
         ("reveal_aggregate_to", "nobody"),
         ("threat_model", "angelic"),
+        ("server_optimiser", "adagrad"),
+        ("server_learning_rate", "0"),
+        ("server_learning_rate", ".inf"),
         ("server_momentum", "1.0"),
         ("server_momentum", "-0.1"),
         ("server_momentum", ".nan"),
         ("ensemble.members.0.training.proximal", "-1"),
         ("ensemble.members.0.training.softmax", "some"),
         ("ensemble.members.0.training.batch_norm", "global"),
+        ("ensemble.members.0.training.optimiser", "adagrad"),
         ("resume_from", "../x"),
         ("resume_from", "a b"),
         ("resume_from", "5"),

@@ -15,6 +15,7 @@ import torch
 from fedgestalt.cohort import Cohort
 from fedgestalt.contracts import FACE_SIZE
 from fedgestalt.federation.training.checkpoints import MODELS_KEPT
+from fedgestalt.federation.training.model import Optimiser, ServerStep
 from fedgestalt.federation.training.rounds import (
     Aggregation,
     Rule,
@@ -92,7 +93,7 @@ def work_of(job: TrainingJob, ensemble: Ensemble, cohort: Cohort, device: torch.
         Recipient(job.reveal_aggregate_to),
         ThreatModel(job.threat_model),
         job.max_images_per_site,
-        job.server_momentum,
+        ServerStep(Optimiser(job.server_optimiser), job.server_learning_rate, job.server_momentum),
     )
     shared = aggregation.shared(state, ensemble.spec)
     exponents = exponents_of(first_ranges(shared, ensemble.spec))

@@ -23,13 +23,17 @@ from fedgestalt.contracts import BackboneModules, FromWeights, InputSpec, Option
 from fedgestalt.errors import ConfigError
 from fedgestalt.hooks.registry import Registry, read_options
 from fedgestalt.learning.augment import TEST_VARIANTS
+from fedgestalt.learning.normalisation import NORMS
 from fedgestalt.learning.spec import EnsembleSpec, MemberSpec
 from fedgestalt.learning.weights import find_weights, without_place
 
 SharedState = dict[str, NDArray[np.float32]]
 
 _MEAN, _VARIANCE, _SECOND_MOMENT = "running_mean", "running_var", "running_second_moment"
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+_NEEDS_STATISTICS = {
+    "local": "publishes the start's BatchNorm layers",
+    "pooled": "trains with the start's BatchNorm statistics in the first round",
+}
 _STAGED_AT_A_TIME = 64
 """Images: maps of a last stage are larger than its features."""
 
@@ -229,10 +233,11 @@ def _built(
         modules = registry.backbones.get(member.backbone).build(options, seed)
     except ConfigError as error:
         raise without_place(error, path, where) if path else error from None
-    if _keeps_norms(member) and not modules.weights_licence:
+    needed = _NEEDS_STATISTICS.get(member.training.batch_norm)
+    if needed and member.trainable != "none" and not modules.weights_licence:
         raise ConfigError(
-            "batch_norm: local publishes the start's BatchNorm layers, and those of random weights"
-            " have seen no image",
+            f"batch_norm: {member.training.batch_norm} {needed}, and those of random weights have"
+            " seen no image",
             where=where,
             remedy="begin from pretrained weights, or set batch_norm: shared",
         )
@@ -277,7 +282,7 @@ def _entries(member: Member) -> Iterator[tuple[str, torch.Tensor, nn.Module, str
             prefix = f"{member.spec.name}/{part}/{path}." if path else f"{member.spec.name}/{part}/"
             for local, parameter in module.named_parameters(recurse=False):
                 yield prefix + local, parameter, module, local
-            if isinstance(module, _NORMS) and module.track_running_stats:
+            if isinstance(module, NORMS) and module.track_running_stats:
                 for local in (_MEAN, _VARIANCE):
                     yield prefix + local, getattr(module, local), module, local
 

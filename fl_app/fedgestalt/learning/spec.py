@@ -17,10 +17,15 @@ class Spec(BaseModel):
 
 
 class TrainingSpec(Spec):
-    """Local training of one member, with Adam and a class-weighted cross-entropy."""
+    """Local training of one member, with a class-weighted cross-entropy."""
 
     epochs: int = Field(default=2, ge=1, description="local epochs per round")
     batch_size: int = Field(default=64, ge=2)
+    optimiser: Literal["adam", "sgd"] = Field(
+        default="adam",
+        description="sgd: without momentum, so that a mean of one-step updates is a step of all;"
+        " meant for `server_optimiser: adam`",
+    )
     learning_rate: float = Field(default=5e-4, gt=0, description="of trunk and neck")
     head_learning_rate: float = Field(default=1e-3, gt=0)
     weight_decay: float = Field(default=5e-5, ge=0, description="of trunk and neck")
@@ -38,10 +43,10 @@ class TrainingSpec(Spec):
     softmax: Literal["all", "present"] = Field(
         default="all", description="classes that the loss is over; present: those the site has"
     )
-    batch_norm: Literal["shared", "local"] = Field(
+    batch_norm: Literal["shared", "local", "pooled"] = Field(
         default="shared",
         description="local: BatchNorm layers stay at the site (FedBN); the published ensemble has"
-        " those of the start",
+        " those of the start. pooled: they normalise with all sites' statistics in training, too",
     )
 
 

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 import torch
@@ -30,8 +31,10 @@ from fedgestalt.learning.ensemble import (
 )
 from fedgestalt.learning.features import give_pages_back, trunk_features
 from fedgestalt.learning.images import Faces, to_input
+from fedgestalt.learning.normalisation import PooledNorms
 
 _HELD_OUT_BATCH = 32
+_OPTIMISERS: Final = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}
 
 MemberProgress = Callable[[str, int, int], None]
 """Called with (member, epochs or images done, total)."""
@@ -150,7 +153,7 @@ class LocalTrainer:
         loss_of = nn.CrossEntropyLoss(weights, label_smoothing=settings.label_smoothing)
         columns = ... if len(chosen) == self.data.classes else torch.from_numpy(chosen)
         body = [p for k, m in member.trained_parts.items() if k != "head" for p in m.parameters()]
-        optimiser = torch.optim.Adam(
+        optimiser = _OPTIMISERS[settings.optimiser](
             [
                 {
                     "params": body,
@@ -171,6 +174,9 @@ class LocalTrainer:
         agreement = self._agreement(member)
         for module in member.trained_parts.values():
             module.train()
+        pooled = PooledNorms(
+            member.trained_parts.values() if settings.batch_norm == "pooled" else ()
+        )
         anchor = _Anchor(optimiser, settings.proximal)
         before = {name: p.detach().clone() for name, p in member.head.named_parameters()}
         losses, correct, seen = 0.0, 0, 0
@@ -178,6 +184,7 @@ class LocalTrainer:
             torch.manual_seed(int(rng.integers(2**62)))
             for epoch in range(settings.epochs):
                 losses, correct, seen = 0.0, 0, 0
+                pooled.begin_epoch()
                 for rows, features in batches():
                     expected = targets[rows]
                     with torch.autocast(self.device.type, dtype=dtype, enabled=mixed):
@@ -192,6 +199,7 @@ class LocalTrainer:
                     correct += int((logits.detach().argmax(1) == expected).sum())
                     seen += len(rows)
                 progress(name, epoch + 1, settings.epochs)
+        pooled.end()
         member.eval()
         if member.spec.name in self.features:
             give_pages_back(self.features[member.spec.name])

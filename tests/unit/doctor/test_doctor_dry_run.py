@@ -107,6 +107,8 @@ def test_an_update_has_the_words_that_a_trained_update_has_under_its_plan(
         recipient="server",
         threat_model="malicious",
         max_weight=100,
+        optimiser="sgd",
+        learning_rate=1.0,
         momentum=0.0,
     )
     shared = chosen.shared(state, ensemble.spec)

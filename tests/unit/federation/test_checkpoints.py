@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import json
 import os
@@ -43,7 +44,7 @@ def after(number: int, job: str = JOB, **changes: Any) -> Checkpoint:
         "job": job,
         "round": number,
         "spec": "5" * 64,
-        "aggregation": vars(Aggregation()),
+        "aggregation": dataclasses.asdict(Aggregation()),
         "model": model(number).digest.hex(),
         "ranges": {"a/neck/weight": 0.5, "a/head/bias": 2.0**-126},
         "records": [{"round": n, "sites": ["bonn", "ulm"], "seconds": 0.25} for n in range(number)],
@@ -140,7 +141,7 @@ def test_the_settings_of_a_job_compare_equal_after_the_way_through_the_file(
     server: ServerCheckpoints,
 ) -> None:
     server.save(after(2), None)
-    assert server.load(JOB)[0].aggregation == vars(Aggregation())
+    assert server.load(JOB)[0].aggregation == dataclasses.asdict(Aggregation())
 
 
 def test_where_the_server_does_not_know_the_model_it_keeps_the_rest(

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
-from fedgestalt.federation.training.model import GlobalModel
+from fedgestalt.federation.training.model import GlobalModel, Optimiser, ServerStep
 from fedgestalt.learning.ensemble import SharedState, shared_state_digest
 
 shapes = hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=3)
@@ -111,7 +111,9 @@ def test_a_vector_of_another_size_is_not_taken_over(flat: NDArray[np.float32]) -
         GlobalModel(small()).load(flat)
 
 
-# --- server momentum -----------------------------------------------------------------------------
+# --- the server's optimiser ----------------------------------------------------------------------
+
+HALF = ServerStep(momentum=0.5)
 
 
 def norm_state() -> SharedState:
@@ -129,7 +131,7 @@ means = hnp.arrays(np.float32, 3, elements=st.floats(-10, 10, width=32))
 def test_with_a_momentum_every_step_takes_a_share_of_the_last_again(
     steps: list[NDArray[np.float32]], momentum: float
 ) -> None:
-    model, right = GlobalModel(norm_state(), momentum), norm_state()
+    model, right = GlobalModel(norm_state(), ServerStep(momentum=momentum)), norm_state()
     velocity, beta = np.zeros(3, np.float32), np.float32(momentum)
     for step in steps:
         mean = {name: np.ones_like(values) for name, values in right.items()}
@@ -143,7 +145,7 @@ def test_with_a_momentum_every_step_takes_a_share_of_the_last_again(
 
 
 def test_running_statistics_have_no_momentum() -> None:
-    model = GlobalModel(norm_state(), 0.9)
+    model = GlobalModel(norm_state(), ServerStep(momentum=0.9))
     ones = {name: np.ones_like(values) for name, values in norm_state().items()}
     for _ in range(3):
         assert model.change(ones)["a/neck/running_mean"] == 1
@@ -153,6 +155,39 @@ def test_running_statistics_have_no_momentum() -> None:
     assert model.state["a/neck/weight"][0] == np.float32(1 + 1 + 1.9 + 2.71)
 
 
+@given(
+    steps=st.lists(means, min_size=1, max_size=5),
+    rate=st.floats(1e-3, 1),
+    momentum=st.floats(0, 0.99),
+)
+def test_adam_follows_the_publication(
+    steps: list[NDArray[np.float32]], rate: float, momentum: float
+) -> None:
+    """Reddi et al. 2021, algorithm 2, in double precision."""
+    model = GlobalModel(norm_state(), ServerStep(Optimiser.ADAM, rate, momentum))
+    right = norm_state()["a/neck/weight"].astype(np.float64)
+    velocity, squares = np.zeros(3), np.full(3, 1e-12)
+    for step in steps:
+        mean = {name: np.ones_like(values) for name, values in norm_state().items()}
+        mean["a/neck/weight"] = step
+        before = model.state["a/neck/weight"].copy()
+        change = model.change(mean)["a/neck/weight"]
+        model.step(mean)
+        velocity = momentum * velocity + (1 - momentum) * step
+        squares = 0.99 * squares + 0.01 * np.float64(step) ** 2
+        right += rate * velocity / (np.sqrt(squares) + 1e-6)
+        assert model.state["a/neck/weight"].tobytes() == (before + change).tobytes()
+    np.testing.assert_allclose(model.state["a/neck/weight"], right, rtol=1e-3, atol=1e-3)
+    assert model.state["a/neck/running_mean"] == 4 + len(steps), "statistics follow the mean"
+
+
+def test_a_learning_rate_makes_steps_shorter_but_not_those_of_statistics() -> None:
+    model = GlobalModel(norm_state(), ServerStep(learning_rate=0.25))
+    model.step({name: np.ones_like(values) for name, values in norm_state().items()})
+    assert model.state["a/neck/weight"].tolist() == [1.25, 2.25, 3.25]
+    assert model.state["a/neck/running_mean"] == 5
+
+
 def test_without_a_momentum_nothing_but_the_model_is_held() -> None:
     model = GlobalModel(norm_state())
     assert model.tensors.keys() == model.state.keys() == norm_state().keys()
@@ -160,16 +195,22 @@ def test_without_a_momentum_nothing_but_the_model_is_held() -> None:
     assert model.change(mean) is mean
 
 
-def test_the_momentum_is_part_of_the_digest_from_the_start() -> None:
-    digests = {GlobalModel(norm_state(), momentum).digest for momentum in (0.0, 0.5, 0.9)}
-    assert len(digests) == 3
+def test_the_settings_are_part_of_the_digest_from_the_start() -> None:
+    steps = [
+        ServerStep(kind, rate, beta) for kind in Optimiser for rate in (1, 2) for beta in (0, 0.5)
+    ]
+    digests = {GlobalModel(norm_state(), step).digest for step in steps}
+    assert len(digests) == len(steps)
+    for step in steps:
+        model = GlobalModel(norm_state(), step)
+        assert [other for other in steps if model.moves_by(other)] == [step]
 
 
 def test_velocity_and_momentum_travel_with_the_model() -> None:
-    model = GlobalModel(norm_state(), 0.5)
+    model = GlobalModel(norm_state(), HALF)
     ones = {name: np.ones_like(values) for name, values in norm_state().items()}
     model.step(ones)
-    fetched, recalled = (GlobalModel(norm_state(), 0.5) for _ in range(2))
+    fetched, recalled = (GlobalModel(norm_state(), HALF) for _ in range(2))
     fetched.load(model.flat)
     assert recalled.take({name: values.copy() for name, values in model.tensors.items()})
     for other in (fetched, recalled):
@@ -181,7 +222,7 @@ def test_velocity_and_momentum_travel_with_the_model() -> None:
 
 
 def test_a_model_of_other_tensors_is_not_taken_over() -> None:
-    model = GlobalModel(norm_state(), 0.5)
+    model = GlobalModel(norm_state(), HALF)
     before = model.digest
     assert not model.take(GlobalModel(norm_state()).tensors)
     assert not model.take({**model.tensors, "a/neck/weight": np.zeros(4, np.float32)})

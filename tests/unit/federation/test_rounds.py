@@ -364,12 +364,24 @@ def test_a_range_that_clipped_becomes_wider_and_others_follow_the_update() -> No
         f"{METRICS}a": np.array([2.0]),
     }
     clipped = {"clipped": 1, "large": 0, "still": 0, f"{METRICS}a": 0}
-    assert next_ranges(ranges, Aggregate(mean, 10, clipped)) == {
-        "clipped": 4.0,
-        "large": 0.5,
-        "still": 2.0**-10,
-        f"{METRICS}a": 16.0,
-    }
+    for number in (1, 2, 3, 100):
+        assert next_ranges(ranges, Aggregate(mean, 10, clipped), number) == {
+            "clipped": 4.0,
+            "large": 4.0,
+            "still": 2.0**-10 if number <= 2 else 0.97,
+            f"{METRICS}a": 16.0,
+        }
+
+
+def test_sites_that_pull_apart_are_clipped_now_and_then_not_every_few_rounds() -> None:
+    """Each of 16 sites alone moves a value far, and the mean of all hardly moves."""
+    ranges, clips = {"a": 64.0}, 0
+    for number in range(1, 101):
+        clipped = int(ranges["a"] < 1.0)
+        clips += clipped
+        ranges = next_ranges(ranges, Aggregate({"a": np.array([1e-4])}, 10, {"a": clipped}), number)
+    assert ranges["a"] < 8, "it has come down from where it began"
+    assert clips <= 8
 
 
 @pytest.mark.parametrize("clips", [True, False])
@@ -378,8 +390,9 @@ def test_ranges_stay_those_of_float32_however_many_rounds_there_are(clips: bool)
     shapes = shapes_of(read_shared_state(built))
     ranges = first_ranges(read_shared_state(built), built.spec)
     still = {name: np.zeros(1, np.float32) for name in ranges}
-    for _ in range(200):
-        ranges = next_ranges(ranges, Aggregate(still, 10, dict.fromkeys(ranges, int(clips))))
+    for number in range(1, 5000):
+        aggregate = Aggregate(still, 10, dict.fromkeys(ranges, int(clips)))
+        ranges = next_ranges(ranges, aggregate, number)
     exponents = exponents_of(ranges)
     number_plan(shapes, exponents, 3, Aggregation(), built.spec, built.classes).check()
     free = [name for name in sorted(ranges) if not name.startswith(METRICS)]
@@ -476,11 +489,13 @@ WORDS = {
     "rule": "class-weighted",
     "recipient": "sites",
     "threat_model": "honest-but-curious",
+    "optimiser": "sgd",
 }
+NUMBERS = {"max_weight": 7, "learning_rate": 1.0, "momentum": 0.0}
 
 
 def test_an_aggregation_is_named_by_words() -> None:
-    assert Aggregation.named(**WORDS, max_weight=7, momentum=0.0) == Aggregation(
+    assert Aggregation.named(**WORDS, **NUMBERS) == Aggregation(
         Scope.ENCODER, Rule.CLASS_WEIGHTED, Recipient.SITES, ThreatModel.HONEST_BUT_CURIOUS, 7
     )
 
@@ -492,6 +507,8 @@ def test_by_default_everything_is_averaged_for_the_server_which_nobody_trusts() 
         recipient="server",
         threat_model="malicious",
         max_weight=4096,
+        optimiser="sgd",
+        learning_rate=1.0,
         momentum=0.0,
     )
 
@@ -500,14 +517,20 @@ def test_by_default_everything_is_averaged_for_the_server_which_nobody_trusts() 
 @pytest.mark.parametrize("said", ["", "Server", "median", "all "])
 def test_an_unknown_word_is_the_servers_fault_and_named(word: str, said: str) -> None:
     with pytest.raises(ServerError) as fault:
-        Aggregation.named(**{**WORDS, word: said}, max_weight=7, momentum=0.0)
+        Aggregation.named(**{**WORDS, word: said}, **NUMBERS)
     assert repr(said) in str(fault.value)
 
 
 @pytest.mark.parametrize("momentum", [-0.1, 1.0, 7.0, float("nan")])
 def test_a_momentum_that_never_ends_is_the_servers_fault_and_named(momentum: float) -> None:
     with pytest.raises(ServerError, match=f"a server momentum of {momentum}, not 0 to below 1"):
-        Aggregation.named(**WORDS, max_weight=7, momentum=momentum)
+        Aggregation.named(**WORDS, **NUMBERS | {"momentum": momentum})
+
+
+@pytest.mark.parametrize("rate", [0.0, -1.0, float("inf"), float("nan")])
+def test_a_learning_rate_that_goes_nowhere_is_the_servers_fault_and_named(rate: float) -> None:
+    with pytest.raises(ServerError, match=f"a server learning rate of {rate}, not one above 0"):
+        Aggregation.named(**WORDS, **NUMBERS | {"learning_rate": rate})
 
 
 def test_an_encoder_is_all_but_the_classifiers() -> None:

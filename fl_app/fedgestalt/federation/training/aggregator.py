@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import Shareable
@@ -34,6 +35,8 @@ class ZeroSumMaskAggregator(Aggregator):
         rule: ``mean``, or ``class-weighted``.
         reveal_aggregate_to: ``server``, or ``sites`` to keep the sum from the server as well.
         threat_model: ``malicious``, or ``honest-but-curious`` to lose more sites.
+        server_optimiser: what makes a step of a mean update, ``sgd`` or ``adam``.
+        server_learning_rate: of the optimiser, positive.
         server_momentum: of the model's steps, 0 to below 1.
     """
 
@@ -43,16 +46,20 @@ class ZeroSumMaskAggregator(Aggregator):
         rule: str = "mean",
         reveal_aggregate_to: str = "server",
         threat_model: str = "malicious",
+        server_optimiser: str = "sgd",
+        server_learning_rate: float = 1.0,
         server_momentum: float = 0.0,
     ) -> None:
         super().__init__()
-        self._words = {
+        self._said: dict[str, Any] = {
             "scope": scope,
             "rule": rule,
             "recipient": reveal_aggregate_to,
             "threat_model": threat_model,
+            "optimiser": server_optimiser,
+            "learning_rate": float(server_learning_rate),
+            "momentum": float(server_momentum),
         }
-        self._momentum = float(server_momentum)
         self._session: ServerSession | None = None
 
     def aggregation(self, max_weight: int) -> Aggregation:
@@ -62,7 +69,7 @@ class ZeroSumMaskAggregator(Aggregator):
             ConfigError: an argument is unknown.
         """
         try:
-            return Aggregation.named(**self._words, max_weight=max_weight, momentum=self._momentum)
+            return Aggregation.named(**self._said, max_weight=max_weight)
         except ServerError as error:
             raise ConfigError(error.what, where="arguments of the aggregator") from None
 

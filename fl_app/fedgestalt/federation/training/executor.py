@@ -130,6 +130,8 @@ class EnsembleTrainer(SiteExecutor):
             recipient=join.recipient,
             threat_model=join.threat_model,
             max_weight=join.max_weight,
+            optimiser=join.optimiser,
+            learning_rate=join.learning_rate,
             momentum=join.momentum,
         )
         self.settings.check_aggregation(chosen.recipient, chosen.threat_model)
@@ -144,7 +146,7 @@ class EnsembleTrainer(SiteExecutor):
         self.settings.check_licences(ensemble.licences)
         self._outline = ensemble.outline()
         state = read_shared_state(ensemble)
-        self._model = GlobalModel(chosen.shared(state, self._spec), chosen.momentum)
+        self._model = GlobalModel(chosen.shared(state, self._spec), chosen.step)
         self._rest = {n: v for n, v in state.items() if n not in self._model.state}
         self._own = self._trained_own = dict(self._rest)
         self._checkpoints = SiteCheckpoints(self.store / MODELS_FOLDER)
@@ -208,8 +210,8 @@ class EnsembleTrainer(SiteExecutor):
         model.load(flat)
         if model.digest != digest:
             raise ServerError("the model does not have the digest it names", where=self.site)
-        if model.momentum != np.float32(self._aggregation.momentum):
-            raise ServerError("the model has another momentum than the job", where=self.site)
+        if not model.moves_by(self._aggregation.step):
+            raise ServerError("the model moves in another way than the job says", where=self.site)
 
     def _recall(self, digest: bytes) -> bool:
         kept = self._checkpoints.find(digest)

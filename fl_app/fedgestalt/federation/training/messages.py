@@ -24,6 +24,7 @@ from fedgestalt.messages import (
 from fedgestalt.secagg import ShareDelivery
 
 DIGEST_BYTES = 32
+_MOST_RATE = 1e6
 _MOST_RECORD = 1 << 16
 _MOST_CERTIFICATE = 1 << 14
 
@@ -35,18 +36,21 @@ class Join(Message):
     Attributes:
         roster: all sites of the job.
         max_weight: public bound on their sample weights.
-        scope, rule, recipient, threat_model, momentum: see :class:`.rounds.Aggregation`.
+        scope, rule, recipient, threat_model: see :class:`.rounds.Aggregation`.
+        optimiser, learning_rate, momentum: see :class:`.model.ServerStep`.
         round: last complete round of the job that this one goes on from; 0 for a new model.
         model: digest of the model after that round; empty for a new model.
     """
 
-    schema: ClassVar[str] = "fedgestalt.training.join/4"
+    schema: ClassVar[str] = "fedgestalt.training.join/5"
     roster: tuple[str, ...] = several(text())
     max_weight: int = integer(1, 2**31)
     scope: str = text()
     rule: str = text()
     recipient: str = text()
     threat_model: str = text()
+    optimiser: str = text()
+    learning_rate: float = real(0, _MOST_RATE)
     momentum: float = real(0, 1)
     round: int = integer(0, 1_000_000)
     model: bytes = octets(0, DIGEST_BYTES)

@@ -1,14 +1,29 @@
-"""The global model as server and sites hold it between rounds.
+"""The global model as server and sites hold it between rounds, and how it moves.
 
-With a server momentum (FedAvgM, Hsu et al. 2019) a step is not the mean update *u* but a velocity,
-``v <- momentum * v + u``, and every party carries it: velocity and momentum are part of the model's
-vector and digest, so that sites that disagree about either open no sum. Running statistics follow
-the mean at once: they follow the data, and a momentum could make a variance negative.
+The mean update *u* of a round is a direction; the server's optimiser makes a step of it (FedOpt,
+Reddi et al. 2021). ``sgd`` with a momentum (FedAvgM, Hsu et al. 2019) moves by a velocity::
+
+    v <- momentum * v + u                       model <- model + learning_rate * v
+
+and ``adam`` (FedAdam) by as much in every coordinate, however small the mean is there::
+
+    v <- momentum * v + (1 - momentum) * u
+    s <- 0.99 * s + 0.01 * u^2
+    model <- model + learning_rate * v / (sqrt(s) + 1e-6)
+
+with ``s`` at 1e-12 in the beginning. Every party carries ``v`` and ``s``: they and the settings are
+part of the model's vector and digest, so that sites that disagree about any of it open no sum; all
+operations are those that IEEE 754 rounds correctly, so all parties get the same bits. Running
+statistics follow the mean at once: they follow the data, and a momentum could make a variance
+negative.
 """
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,8 +31,42 @@ from numpy.typing import NDArray
 from fedgestalt.learning.ensemble import SharedState, is_statistic, shared_state_digest
 from fedgestalt.secagg import blocks_of
 
-_MOMENTUM, _VELOCITY = ".momentum", ".velocity/"
+Floats = NDArray[np.float32]
+
+_SETTINGS, _VELOCITY, _SQUARES = ".optimiser", ".velocity/", ".squares/"
 """No member can have such a name."""
+_FORGETS, _FLOOR = np.float32(0.99), np.float32(1e-6)
+
+
+class Optimiser(enum.StrEnum):
+    """What makes a step of a mean update."""
+
+    SGD = "sgd"
+    ADAM = "adam"
+
+
+@dataclass(frozen=True)
+class ServerStep:
+    """The server's optimiser and its settings; see the module.
+
+    Attributes:
+        optimiser: which.
+        learning_rate: positive.
+        momentum: 0 to below 1.
+    """
+
+    optimiser: Optimiser = Optimiser.SGD
+    learning_rate: float = 1.0
+    momentum: float = 0.0
+
+    def numbers(self) -> Floats:
+        """(3,) as they are part of a model."""
+        kind = list(Optimiser).index(self.optimiser)
+        return np.array([kind, self.learning_rate, self.momentum], np.float32)
+
+
+MEAN_ITSELF: Final = ServerStep()
+"""The model moves by the mean update."""
 
 
 class GlobalModel:
@@ -25,20 +74,22 @@ class GlobalModel:
 
     Args:
         state: copied; tensors are laid out in the order of their sorted names.
-        momentum: of its steps.
+        step: how it moves.
 
     Attributes:
         flat: (size,) float32.
-        tensors: views into it, by name; with a momentum, it and the velocity are among them.
+        tensors: views into it, by name; with an optimiser, what that remembers is among them.
         state: those of them that are the model.
     """
 
-    def __init__(self, state: Mapping[str, NDArray[np.float32]], momentum: float = 0.0) -> None:
+    def __init__(self, state: Mapping[str, Floats], step: ServerStep = MEAN_ITSELF) -> None:
         every = dict(state)
-        if momentum:
+        if step != MEAN_ITSELF:
             moving = [name for name in state if not is_statistic(name)]
             every |= {_VELOCITY + name: np.zeros_like(state[name]) for name in moving}
-            every[_MOMENTUM] = np.array(momentum, np.float32)
+            if step.optimiser is Optimiser.ADAM:
+                every |= {_SQUARES + n: np.full_like(state[n], _FLOOR**2) for n in moving}
+            every[_SETTINGS] = step.numbers()
         names = sorted(every)
         self.flat = np.empty(sum(every[name].size for name in names), np.float32)
         self.tensors: SharedState = {}
@@ -59,34 +110,46 @@ class GlobalModel:
             self._digest = shared_state_digest(self.tensors)
         return self._digest
 
-    @property
-    def momentum(self) -> float:
-        """Of its steps, as everybody who has this digest applies it."""
-        return float(self.tensors.get(_MOMENTUM, 0.0))
+    def moves_by(self, step: ServerStep) -> bool:
+        """Whether everybody who has this digest moves it so."""
+        return np.array_equal(self.tensors.get(_SETTINGS, MEAN_ITSELF.numbers()), step.numbers())
 
-    def change(self, mean: Mapping[str, NDArray[np.float32]]) -> Mapping[str, NDArray[np.float32]]:
+    def change(self, mean: Mapping[str, Floats]) -> Mapping[str, Floats]:
         """By how much :meth:`step` would move each tensor."""
-        return _Change(self.tensors, mean) if _MOMENTUM in self.tensors else mean
+        return _Change(self, mean) if _SETTINGS in self.tensors else mean
 
-    def step(self, mean: Mapping[str, NDArray[np.float32]]) -> None:
+    def step(self, mean: Mapping[str, Floats]) -> None:
         """Move the model by a mean update, in place; every party gets the same bits."""
         self._digest = b""
         for name, values in self.state.items():
-            flat, velocity = values.reshape(-1), self.tensors.get(_VELOCITY + name)
+            flat = values.reshape(-1)
             for place, part in blocks_of(mean, name):
-                step = part
-                if velocity is not None:
-                    step = velocity.reshape(-1)[place]
-                    step *= self.tensors[_MOMENTUM]
-                    step += part
+                step, remembered = self._step(name, place, part)
+                for kind, new in remembered.items():
+                    self.tensors[kind + name].reshape(-1)[place] = new
                 flat[place] += step
 
-    def load(self, flat: NDArray[np.float32]) -> None:
+    def _step(self, name: str, place: slice, mean: Floats) -> tuple[Floats, dict[str, Floats]]:
+        """How a part of a tensor would move, and what would be remembered of it."""
+        velocity = self.tensors.get(_VELOCITY + name)
+        if velocity is None:
+            return mean, {}
+        _, rate, momentum = self.tensors[_SETTINGS]
+        squares = self.tensors.get(_SQUARES + name)
+        kept = velocity.reshape(-1)[place] * momentum
+        if squares is None:
+            moved = kept + mean
+            return moved * rate, {_VELOCITY: moved}
+        moved = kept + mean * (1 - momentum)
+        spread = squares.reshape(-1)[place] * _FORGETS + np.square(mean) * (1 - _FORGETS)
+        return moved * rate / (np.sqrt(spread) + _FLOOR), {_VELOCITY: moved, _SQUARES: spread}
+
+    def load(self, flat: Floats) -> None:
         """Take over the values of another model of the same tensors."""
         self._digest = b""
         self.flat[:] = flat
 
-    def take(self, tensors: Mapping[str, NDArray[np.float32]]) -> bool:
+    def take(self, tensors: Mapping[str, Floats]) -> bool:
         """Take over the :attr:`tensors` of another model; False, and nothing done, if they differ.
 
         They differ if names or shapes do.
@@ -101,18 +164,16 @@ class GlobalModel:
         return True
 
 
-class _Change(Mapping[str, NDArray[np.float32]]):
+class _Change(Mapping[str, Floats]):
     """Computes a tensor's step when it is looked up: the whole of it is never there twice."""
 
-    def __init__(self, tensors: SharedState, mean: Mapping[str, NDArray[np.float32]]) -> None:
-        self._tensors, self._mean = tensors, mean
+    def __init__(self, model: GlobalModel, mean: Mapping[str, Floats]) -> None:
+        self._model, self._mean = model, mean
 
-    def __getitem__(self, name: str) -> NDArray[np.float32]:
-        mean, velocity = self._mean[name], self._tensors.get(_VELOCITY + name)
-        if velocity is None:
-            return mean
-        step: NDArray[np.float32] = velocity * self._tensors[_MOMENTUM] + mean
-        return step
+    def __getitem__(self, name: str) -> Floats:
+        mean = self._mean[name]
+        step, _ = self._model._step(name, slice(0, mean.size), mean.reshape(-1))
+        return step.reshape(mean.shape)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._mean)

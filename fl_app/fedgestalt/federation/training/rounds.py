@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from fedgestalt.errors import ServerError, SiteError
 from fedgestalt.federation.job.handshake import versions
+from fedgestalt.federation.training.model import MEAN_ITSELF, Optimiser, ServerStep
 from fedgestalt.hooks.registry import Registry
 from fedgestalt.learning.ensemble import (
     Ensemble,
@@ -53,7 +54,11 @@ _MANY_CLIPPED = 0.1
 """Of one site's values; honest training clips a thousandth at most, even of tiny networks."""
 _METRICS_RANGE = 16.0
 _SOME_SITE = 1e-4
-_MARGIN = 2.0
+_MARGIN = 16.0
+"""A site may move a value much further than all do on average: what only it has a syndrome for."""
+_SEARCHED_ROUNDS, _SEARCH, _SHRINK = 2, 2.0**-10, 0.97
+"""In the first rounds a range comes down to where it belongs; then it shrinks by at most 3 % a
+round. Were it to follow the mean at once, it would clip again soon after every clip."""
 _LEAST_RANGE, _MOST_RANGE = 2.0**-126, 2.0**127
 """Of float32; a tensor that never moves comes down to the first after a dozen rounds."""
 _BLOCK = 1 << 16
@@ -91,7 +96,7 @@ class Aggregation:
         recipient: who learns the sum.
         threat_model: what the server may do; sets the threshold.
         max_weight: public bound on a site's training images.
-        momentum: of the model's steps (FedAvgM), 0 to below 1; see :class:`.model.GlobalModel`.
+        step: how the model moves by a mean update.
     """
 
     scope: Scope = Scope.ALL
@@ -99,7 +104,7 @@ class Aggregation:
     recipient: Recipient = Recipient.SERVER
     threat_model: ThreatModel = ThreatModel.MALICIOUS
     max_weight: int = 4096
-    momentum: float = 0.0
+    step: ServerStep = MEAN_ITSELF
 
     @classmethod
     def named(
@@ -110,16 +115,23 @@ class Aggregation:
         recipient: str,
         threat_model: str,
         max_weight: int,
+        optimiser: str,
+        learning_rate: float,
         momentum: float,
     ) -> Aggregation:
-        """From the words of a message; raises ServerError for an unknown one."""
+        """From the words and numbers of a message; raises ServerError for one that is none."""
         try:
             chosen = Scope(scope), Rule(rule), Recipient(recipient), ThreatModel(threat_model)
+            moving = Optimiser(optimiser)
         except ValueError as error:
             raise ServerError(f"the job asks for an aggregation of which {error}") from None
         if not 0 <= momentum < 1:
             raise ServerError(f"the job asks for a server momentum of {momentum}, not 0 to below 1")
-        return cls(*chosen, max_weight, momentum)
+        if not 0 < learning_rate < math.inf:
+            raise ServerError(
+                f"the job asks for a server learning rate of {learning_rate}, not one above 0"
+            )
+        return cls(*chosen, max_weight, ServerStep(moving, learning_rate, momentum))
 
     def shared(self, state: SharedState, spec: EnsembleSpec) -> SharedState:
         """The part of an ensemble's state that is aggregated; the rest never leaves the sites."""
@@ -271,16 +283,21 @@ def _largest(values: NDArray[np.float32]) -> float:
     return max(float(values.max(initial=0)), -float(values.min(initial=0)))
 
 
-def next_ranges(ranges: Mapping[str, float], aggregate: Aggregate) -> dict[str, float]:
-    """Ranges of the next round: twice the last mean update; four times wider where values clipped.
+def next_ranges(
+    ranges: Mapping[str, float], aggregate: Aggregate, round_number: int
+) -> dict[str, float]:
+    """Ranges of the round after ``round_number``.
 
-    A function of what all parties know, so that every site can follow it.
+    Sixteen times the last mean update, after the first rounds at least 0.97 of the last range; four
+    times the last one where values clipped. A function of what all parties know, so that every
+    site can follow it.
     """
+    slowest = _SEARCH if round_number <= _SEARCHED_ROUNDS else _SHRINK
     result = {}
     for name, bound in ranges.items():
         parts = (_largest(part) for _, part in blocks_of(aggregate.mean, name))
         largest = max(parts, default=0.0)
-        wanted = max(_MARGIN * largest, bound * 2.0**-10)
+        wanted = max(_MARGIN * largest, bound * slowest)
         wanted = bound * 4 if aggregate.clipped[name] else wanted
         result[name] = min(_MOST_RANGE, max(_LEAST_RANGE, wanted))
     return result | {n: _METRICS_RANGE for n in ranges if n.startswith(METRICS)}

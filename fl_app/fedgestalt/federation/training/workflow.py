@@ -11,6 +11,7 @@ checkpoint, from which another job can go on (``resume_from``).
 
 from __future__ import annotations
 
+import dataclasses
 import datetime as dt
 import hashlib
 import os
@@ -236,7 +237,9 @@ class EnsembleTrainingWorkflow(PhasedWorkflow):
                 "rule": self._aggregation.rule,
                 "reveal_aggregate_to": self._aggregation.recipient,
                 "threat_model": self._aggregation.threat_model,
-                "server_momentum": self._aggregation.momentum,
+                "server_optimiser": self._aggregation.step.optimiser,
+                "server_learning_rate": self._aggregation.step.learning_rate,
+                "server_momentum": self._aggregation.step.momentum,
             },
             **({"resumed_from": self._resume_from} if self._resume_from else {}),
         }
@@ -246,7 +249,7 @@ class EnsembleTrainingWorkflow(PhasedWorkflow):
         checkpoint, kept = self._load_checkpoint()
         self._handshake(checkpoint, self.roster, abort_signal, fl_ctx)
         give_back()  # the network is gone, its parameters are in the start state
-        model = GlobalModel(self._start_state, self._aggregation.momentum)
+        model = GlobalModel(self._start_state, self._aggregation.step)
         self._shapes = shapes_of(model.state)
         self._model_digest = model.digest
         self._ranges = first_ranges(model.state, self._spec)
@@ -320,7 +323,9 @@ class EnsembleTrainingWorkflow(PhasedWorkflow):
             chosen.rule,
             chosen.recipient,
             chosen.threat_model,
-            chosen.momentum,
+            chosen.step.optimiser,
+            chosen.step.learning_rate,
+            chosen.step.momentum,
             checkpoint.round if checkpoint else self._round,
             bytes.fromhex(checkpoint.model) if checkpoint else b"",
         )
@@ -458,7 +463,7 @@ class EnsembleTrainingWorkflow(PhasedWorkflow):
         change = model.change(aggregate.mean)
         check_update_norm(change, model.state, bound, "the mean of all updates")
         self._metrics = read_metrics(aggregate.mean)
-        self._ranges = next_ranges(self._ranges, aggregate)
+        self._ranges = next_ranges(self._ranges, aggregate, facts.round)
         model.step(aggregate.mean)
         clipped = sum(aggregate.clipped.values())
         record |= {"images": aggregate.weight, "members": self._metrics, "clipped": clipped}
@@ -567,4 +572,4 @@ class EnsembleTrainingWorkflow(PhasedWorkflow):
 
 
 def _settings(aggregation: Aggregation) -> dict[str, Any]:
-    return dict(vars(aggregation))
+    return dataclasses.asdict(aggregation)
