@@ -29,6 +29,16 @@ def training_with(**changes: Any) -> EnsembleSpec:
     return EnsembleSpec(members=(member.model_copy(update={"training": training}),))
 
 
+ADAM = TrainingJob(
+    ensemble=training_with(optimiser="sgd"),
+    rounds=3,
+    server_optimiser="adam",
+    server_learning_rate=0.01,
+    server_momentum=0.9,
+)
+both_optimisers = pytest.mark.parametrize("chosen", [MOMENTUM, ADAM], ids=["momentum", "adam"])
+
+
 def published(consortium: Consortium, run: Run) -> dict[str, Any]:
     """What the sites hold at the end; the same everywhere."""
     digest = run.outcome["ensemble"]
@@ -41,29 +51,33 @@ def published(consortium: Consortium, run: Run) -> dict[str, Any]:
     return states[0]
 
 
-# --- server momentum -----------------------------------------------------------------------------
+# --- the server's optimiser ----------------------------------------------------------------------
 
 
+@both_optimisers
 @pytest.mark.parametrize("recipient", ["server", "sites"])
-def test_with_a_momentum_all_come_to_the_same_model(
-    tmp_path: Path, four_sites: Consortium, recipient: str
+def test_with_an_optimiser_all_come_to_the_same_model(
+    tmp_path: Path, four_sites: Consortium, recipient: str, chosen: TrainingJob
 ) -> None:
-    job = MOMENTUM.model_copy(update={"reveal_aggregate_to": recipient})
+    job = chosen.model_copy(update={"reveal_aggregate_to": recipient})
     consortium, plain = Consortium(tmp_path, source=four_sites), Plain(four_sites, job)
     run = consortium.run(job)
     assert run.outcome["status"] == "completed", run.outcome
-    assert run.outcome["aggregation"]["server_momentum"] == 0.9
+    said = run.outcome["aggregation"]
+    assert (said["server_optimiser"], said["server_momentum"]) == (job.server_optimiser, 0.9)
+    assert said["server_learning_rate"] == job.server_learning_rate
     assert run.outcome["ensemble"] == plain.digest(*[Summed(FOUR)] * 3)
     without = Plain(four_sites, job.model_copy(update={"server_momentum": 0.0}))
     assert run.outcome["ensemble"] != without.digest(*[Summed(FOUR)] * 3)
     assert published(consortium, run).keys() == plain.start.keys(), "the velocity is not published"
 
 
+@both_optimisers
 @pytest.mark.parametrize("recipient", ["server", "sites"])
-def test_a_job_with_a_momentum_goes_on_to_the_last_bit(
-    tmp_path: Path, four_sites: Consortium, recipient: str
+def test_a_job_with_an_optimiser_goes_on_to_the_last_bit(
+    tmp_path: Path, four_sites: Consortium, recipient: str, chosen: TrainingJob
 ) -> None:
-    job = MOMENTUM.model_copy(update={"reveal_aggregate_to": recipient})
+    job = chosen.model_copy(update={"reveal_aggregate_to": recipient})
     script = Script().kill("leuven", "fgm_train", time=3).kill("ulm", "fgm_train", time=3)
     consortium = Consortium(tmp_path, source=four_sites, on_task=script)
     first = consortium.run(job)
@@ -75,36 +89,45 @@ def test_a_job_with_a_momentum_goes_on_to_the_last_bit(
     assert run.outcome["ensemble"] == Plain(four_sites, job).digest(*[Summed(FOUR)] * 3)
 
 
-def test_a_site_that_missed_a_round_is_given_the_velocity_with_the_model(
-    tmp_path: Path, four_sites: Consortium
+@both_optimisers
+def test_a_site_that_missed_a_round_is_given_what_the_optimiser_remembers_with_the_model(
+    tmp_path: Path, four_sites: Consortium, chosen: TrainingJob
 ) -> None:
     script = Script()
     consortium = Consortium(tmp_path, source=four_sites, on_task=script)
     script.at("ulm", "fgm_keys", "before", lambda: consortium.cut("ulm"), time=2)
     script.at("bonn", "fgm_apply", "after", lambda: consortium.restore("ulm"), time=2)
-    run = consortium.run(MOMENTUM)
+    run = consortium.run(chosen)
     assert run.outcome["status"] == "completed", run.outcome
     assert [r["sites"] for r in run.outcome["rounds"]] == [list(s) for s in (FOUR, FOUR[:3], FOUR)]
     summed = [Summed(FOUR), Summed(FOUR[:3]), Summed(FOUR)]
-    assert run.outcome["ensemble"] == Plain(four_sites, MOMENTUM).digest(*summed)
+    assert run.outcome["ensemble"] == Plain(four_sites, chosen).digest(*summed)
 
 
-def test_another_momentum_does_not_go_on_with_a_job(tmp_path: Path, four_sites: Consortium) -> None:
+@pytest.mark.parametrize(
+    "change",
+    [{"server_momentum": 0.5}, {"server_learning_rate": 0.5}, {"server_optimiser": "adam"}],
+    ids=lambda change: next(iter(change)),
+)
+def test_another_optimiser_does_not_go_on_with_a_job(
+    tmp_path: Path, four_sites: Consortium, change: dict[str, Any]
+) -> None:
     script = Script().kill("leuven", "fgm_train", time=2).kill("ulm", "fgm_train", time=2)
     consortium = Consortium(tmp_path, source=four_sites, on_task=script)
     first = consortium.run(MOMENTUM)
     consortium.on_task = nothing_happens
-    other = MOMENTUM.model_copy(update={"server_momentum": 0.5, "resume_from": "job-1"})
+    other = MOMENTUM.model_copy(update={**change, "resume_from": "job-1"})
     run = consortium.run(other, job_id="job-2", root=first.root)
     assert "the aggregation of this job is not that of job job-1" in run.outcome["reason"]
 
 
-def test_sites_that_were_told_different_momenta_open_no_sum(
-    tmp_path: Path, three_sites: Consortium
+@pytest.mark.parametrize(("name", "value"), [("momentum", 0.5), ("learning_rate", 0.5)])
+def test_sites_that_were_told_different_settings_open_no_sum(
+    tmp_path: Path, three_sites: Consortium, name: str, value: float
 ) -> None:
     def lie(site: str, task: str, data: Any) -> Any:
         if (site, task) == ("bonn", "fgm_join"):
-            data["fedgestalt"]["momentum"] = 0.5
+            data["fedgestalt"][name] = value
         return data
 
     consortium = Consortium(tmp_path, source=three_sites, on_download=lie)
@@ -199,6 +222,27 @@ def _licensed(monkeypatch: pytest.MonkeyPatch) -> None:
         return dataclasses.replace(build(self, options, seed), weights_licence="CC0-1.0")
 
     monkeypatch.setattr(IResNet, "build", licensed)
+
+
+@pytest.mark.usefixtures("_licensed")
+@pytest.mark.parametrize("recipient", ["server", "sites"])
+def test_pooled_normalisation_works_under_masks_and_is_shared(
+    tmp_path: Path, three_sites: Consortium, recipient: str
+) -> None:
+    job = ADAM.model_copy(
+        update={
+            "ensemble": training_with(optimiser="sgd", batch_norm="pooled"),
+            "reveal_aggregate_to": recipient,
+        }
+    )
+    consortium, plain = Consortium(tmp_path, source=three_sites), Plain(three_sites, job)
+    run = consortium.run(job)
+    assert run.outcome["ensemble"] == plain.digest(*[Summed(three_sites.sites)] * 3)
+    assert run.outcome["ensemble"] != Plain(three_sites, ADAM).digest(
+        *[Summed(three_sites.sites)] * 3
+    )
+    state = published(consortium, run)
+    assert not np.array_equal(state[NORM + "running_mean"], plain.start[NORM + "running_mean"])
 
 
 FEDBN = TrainingJob(ensemble=training_with(batch_norm="local"), rounds=3)

@@ -73,11 +73,11 @@ def trunk_features(
         result = torch.empty(shape, dtype=dtype)
         _compute(member, pictures, device, result, progress)
         return result
-    digests = _block_digests(pictures)
+    crew = crew_of_this_process()
+    digests = _block_digests(pictures, crew)
     name = hashlib.sha256(f"{_FORMAT}|{member.trunk_digest}|{dtype}|{shape}|".encode())
     name.update(b"".join(digests))
     target = cache / f"features-{name.hexdigest()[:32]}.bin"
-    crew = crew_of_this_process()
     size = math.prod(shape) * dtype.itemsize
     temporary = crew.from_leader(lambda: None if target.exists() else reserve_file(cache, size))
     if temporary is not None:
@@ -92,9 +92,14 @@ def trunk_features(
     return _mapped(target, shape, dtype, False)
 
 
-def _block_digests(pictures: Pictures) -> list[bytes]:
-    blocks = ahead(pictures.make, block_ranges(pictures.images))
-    return [_digest(block) for _, _, block in blocks]
+def _block_digests(pictures: Pictures, crew: Crew) -> list[bytes]:
+    """Digests of all blocks, of which this process reads its share."""
+    ranges, found = block_ranges(pictures.images), {}
+    with crew.together():
+        for start, _, block in ahead(pictures.make, crew.share(ranges)):
+            found[start] = _digest(block)
+    everybodys = {start: value for part in crew.gather(found) for start, value in part.items()}
+    return [everybodys[start] for start, _ in ranges]
 
 
 def _digest(block: NDArray[np.uint8]) -> bytes:

@@ -16,9 +16,9 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Final, Literal, Self
+from typing import Final, Literal
 
 import torch
 from pydantic import Field
@@ -63,11 +63,6 @@ class FeatureWork(Spec):
     weights: Path | None = Field(description="folder of the site's weights files")
     device: Literal["auto", "cpu", "cuda"]
     threads: int = Field(ge=1, description="of each process")
-
-    @classmethod
-    def of(cls, records: Iterable[ImageRecord], **rest: Any) -> Self:
-        """The work on these photographs."""
-        return cls(photographs=tuple(record.path.absolute() for record in records), **rest)
 
 
 def compute_features(
@@ -144,10 +139,11 @@ def _listen(process: subprocess.Popen[str], progress: MemberProgress) -> Fedgest
 def work_in_crew(work: FeatureWork, crew: Crew) -> None:
     """Compute this process's share."""
     torch.set_num_threads(work.threads)
-    registry = get_registry().with_weights(work.weights)
-    ensemble = build_ensemble(work.ensemble, _CLASSES, registry)
     records = (ImageRecord(path.stem, "", UNSOLVED, path) for path in work.photographs)
-    faces, device = FaceFiles(tuple(records)), choose_device(work.device)
+    with crew.together():
+        registry = get_registry().with_weights(work.weights)
+        ensemble = build_ensemble(work.ensemble, _CLASSES, registry)
+        faces, device = FaceFiles(tuple(records)), choose_device(work.device)
     for index, member in _wanted(ensemble, work.seed is None):
         if work.seed is None:
             pictures = encoding_pictures(faces)
@@ -176,7 +172,8 @@ def _say(*words: object) -> None:
 
 
 def _end_with_the_job() -> None:
-    sys.stdin.buffer.read()
+    while os.read(sys.stdin.fileno(), 1):  # unbuffered: the interpreter may end meanwhile
+        pass
     os._exit(1)
 
 
@@ -186,8 +183,7 @@ def main(file: str) -> int:
     work = FeatureWork.model_validate_json(Path(file).read_text(encoding="utf-8"))
     with join_crew() as crew:
         try:
-            with crew.together():
-                work_in_crew(work, crew)
+            work_in_crew(work, crew)
         except FedgestaltError as fault:
             if crew.leads:
                 _say(_FAULT, type(fault).__name__, fault.what, fault.where, fault.remedy)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from pathlib import Path
@@ -39,13 +40,13 @@ def pictures() -> Pictures:
     return Pictures(IMAGES, 1, make)
 
 
-def faulty(crew: Crew) -> Pictures:
-    """The second process cannot read its block when it computes."""
+def faulty(crew: Crew, reads: int) -> Pictures:
+    """The second process can read its one block so often, and no more."""
     calls: list[int] = []
 
     def make(start: int, stop: int) -> NDArray[np.uint8]:
         calls.append(start)
-        if crew.rank == 1 and len(calls) > 3:
+        if crew.rank == 1 and len(calls) > reads:
             raise DataError("the image file cannot be read")
         return pictures().make(start, stop)
 
@@ -83,7 +84,10 @@ def main(folder: Path) -> None:
             "size": crew.size,
             "sum": float(features.float().sum()),
             "gathered": crew.gather(crew.rank * 10),
-            "faulty": fault_of(lambda: trunk_features(member, faulty(crew), CPU, folder / "other")),
+            "faulty": [
+                fault_of(functools.partial(trunk_features, member, bad, CPU, folder / "other"))
+                for bad in (faulty(crew, 0), faulty(crew, 1))
+            ],
             "unwritable": fault_of(
                 lambda: trunk_features(member, pictures(), CPU, folder / "file" / "cache")
             ),

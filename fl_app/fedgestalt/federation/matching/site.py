@@ -27,6 +27,7 @@ from fedgestalt.federation.matching.messages import (
     query_statement,
 )
 from fedgestalt.federation.matching.receipts import Receipts
+from fedgestalt.federation.site.features import compute_ahead
 from fedgestalt.federation.site.settings import SiteSettings
 from fedgestalt.hooks import get_registry
 from fedgestalt.hooks.registry import Registry
@@ -171,11 +172,16 @@ class MatchingSite:
 
     def encode(self, records: Iterable[ImageRecord]) -> Encodings:
         """Encodings (n, d) of these images, in their order."""
+        ensemble, faces = self.ensemble(), FaceFiles(tuple(records))
+
+        def progress(member: str, done: int, total: int) -> None:
+            self.counter(member)(done, total)
+
         return encode(
-            self.ensemble(),
-            FaceFiles(tuple(records)),
+            ensemble,
+            faces,
             choose_device(self.settings.device),
-            self.store / "cache",
+            compute_ahead(self.settings, self.site, ensemble.spec, faces.records, None, progress),
             self.counter("encoding"),
         )
 

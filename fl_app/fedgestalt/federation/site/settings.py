@@ -42,6 +42,13 @@ class SiteSettings(Spec):
         default="auto", description="what trains and encodes; auto takes a GPU if there is one"
     )
     threads: int | None = Field(default=None, ge=1, description="CPU threads; default all")
+    processes: int = Field(
+        default=1,
+        ge=1,
+        le=64,
+        description="processes that compute features of photographs, each with a GPU of its own"
+        " where there are several, and an equal share of the threads",
+    )
     jobs: tuple[str, ...] = Field(
         default=("train_ensemble", "match", "onboard", "gallery", "discover"),
         description="job templates this site takes part in",

@@ -20,6 +20,7 @@ from fedgestalt.federation import tasks
 from fedgestalt.federation.job.executor import Handler, SiteExecutor
 from fedgestalt.federation.job.handshake import Present, present
 from fedgestalt.federation.job.transfer import download, upload
+from fedgestalt.federation.site.features import CACHE_FOLDER, compute_ahead
 from fedgestalt.federation.site.outgoing import record_sent
 from fedgestalt.federation.training.checkpoints import MODELS_FOLDER, SiteCheckpoints
 from fedgestalt.federation.training.messages import (
@@ -157,7 +158,7 @@ class EnsembleTrainer(SiteExecutor):
                 remedy="leave it out, or begin a new job",
             )
         device = choose_device(self.settings.device)
-        seed, cache = local_seed(self._spec.seed, self.site), self.store / "cache"
+        seed, cache = local_seed(self._spec.seed, self.site), self.store / CACHE_FOLDER
         held_out = held_out_set(self.cohort)
         self._trainer = LocalTrainer(ensemble, data, device, seed, cache, held_out=held_out)
         facts = training_facts(ensemble, state, join.roster, chosen, registry)
@@ -176,6 +177,9 @@ class EnsembleTrainer(SiteExecutor):
         def progress(member: str, done: int, total: int) -> None:
             self.counter(member)(done, total)
 
+        if not trainer.features:
+            records = self.cohort.records(self.cohort.train)
+            compute_ahead(self.settings, self.site, self._spec, records, trainer.seed, progress)
         repeat = self._checkpoints.times_sent(message.model)
         start = {**self._own, **model.state}
         new, metrics = trainer.run_round(start, message.round, progress, repeat)
