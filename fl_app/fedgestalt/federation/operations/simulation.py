@@ -25,6 +25,7 @@ OnEvent = Callable[[str, dict[str, Any]], None]
 """Called with the party's name (``server`` or a site) and one event of its progress log."""
 
 _RUN = "simulate_job"
+_SIMULATOR = "fedgestalt.federation.operations.simulator"
 _POLL_SECONDS = 0.2
 _GRACE_SECONDS = 1.5
 
@@ -60,8 +61,7 @@ def run_simulated_job(
     parties = ("server", *sites)
     tails = {p: _tail(workspace / p / _RUN / PROGRESS_FILE) for p in parties}
     ended_at = float("inf")
-    module = "nvflare.private.fed.app.simulator.simulator"
-    command = [sys.executable, "-m", module, str(job), "-w", str(workspace)]
+    command = [sys.executable, "-m", _SIMULATOR, str(job), "-w", str(workspace)]
     command += ["-c", ",".join(sites), "-t", str(len(sites))]
     simulator = ProcessFamily(command, workspace.parent, log, {"OMP_NUM_THREADS": "1"})
     try:
