@@ -130,7 +130,7 @@ def _policy(
 def _server_machine(kit: Kit) -> Iterator[Check]:
     from fedgestalt.doctor import machine
 
-    yield from machine.cpu(None)
+    yield from machine.cpu(None, 1)
     yield from machine.memory(None)
     yield from machine.server_room(kit.folder)
 

@@ -53,7 +53,8 @@ def examine(
     built = _model(job, registry, cohort, device, models) if cohort else []
     work = models[0][1] if models else None
     threads = settings.threads if settings else None
-    found += machine.cpu(threads) + machine.memory(work) + machine.gpu(settings)
+    processes = settings.processes if settings else 1
+    found += machine.cpu(threads, processes) + machine.memory(work) + machine.gpu(settings)
     found += machine.disk(store, work) if store else []
     if not with_dry_run or not folder:
         return found

@@ -25,7 +25,7 @@ _BUSY: Final = 0.75
 
 
 @check("machine.cpu")
-def cpu(threads: int | None) -> Iterator[Check]:
+def cpu(threads: int | None, processes: int) -> Iterator[Check]:
     """How many cores there are, and whether they multiply bfloat16 natively."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     cores = cores or 1
@@ -38,6 +38,10 @@ def cpu(threads: int | None) -> Iterator[Check]:
     if threads and threads > cores:
         what = f"the policy sets {threads} threads, the machine has {counted(cores, 'core')}"
         yield warning("machine.cpu", what, f"set threads to {cores} or fewer", **figures)
+        return
+    if processes > cores:
+        what = f"the policy sets {processes} processes, the machine has {counted(cores, 'core')}"
+        yield warning("machine.cpu", what, f"set processes to {cores} or fewer", **figures)
         return
     used = f"all {cores}" if threads is None else str(threads)
     what = f"{counted(cores, 'core')}, uses {used}; computes in {number}"

@@ -17,6 +17,7 @@ import math
 import mmap
 import os
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -32,6 +33,7 @@ from fedgestalt.learning.device import trunk_dtype
 from fedgestalt.learning.ensemble import Member
 from fedgestalt.learning.trunk import FastTrunk
 
+_OURS, _PARTIAL, _LEFT_SECONDS = ".fedgestalt-", ".partial", 2 * 24 * 3600
 _FORMAT = 2
 """Changes with the way in which features are computed."""
 
@@ -119,7 +121,8 @@ def reserve_file(folder: Path, size: int, what: str = "the feature cache") -> Pa
     """
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        handle, name = tempfile.mkstemp(dir=folder, suffix=".partial")  # readable by its user alone
+        _sweep(folder)
+        handle, name = tempfile.mkstemp(_PARTIAL, _OURS, folder)  # readable by its user alone
     except OSError as error:
         raise SiteError(f"{what} cannot be written ({error.strerror})") from None
     path = Path(name)
@@ -134,6 +137,13 @@ def reserve_file(folder: Path, size: int, what: str = "the feature cache") -> Pa
     finally:
         os.close(handle)
     return path
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what processes that were killed have left; nobody computes for two days."""
+    for left in folder.glob(f"{_OURS}*{_PARTIAL}"):
+        if time.time() - left.stat().st_mtime > _LEFT_SECONDS:
+            left.unlink(missing_ok=True)
 
 
 def _keep(temporary: Path, target: Path) -> None:

@@ -703,10 +703,17 @@ def test_a_processor_without_bfloat16_is_named_and_no_warning(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
-    (found,) = machine.cpu(None)
+    (found,) = machine.cpu(None, 1)
     assert found.state == "ok"
     assert found.figures["number_format"] == "float32"
     assert found.figures["features"] == ["avx2"]
+
+
+def test_more_processes_than_cores_are_a_warning() -> None:
+    (found,) = machine.cpu(None, 64)
+    assert found.state == "warning"
+    assert found.what.startswith("the policy sets 64 processes, the machine has ")
+    assert found.remedy.startswith("set processes to ")
 
 
 @pytest.mark.parametrize(("load", "busy"), [(0.5, False), (1000.0, True)])
@@ -714,7 +721,7 @@ def test_a_busy_machine_is_named_for_it_makes_the_dry_run_slow(
     monkeypatch: pytest.MonkeyPatch, load: float, busy: bool
 ) -> None:
     monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
-    (found,) = machine.cpu(None)
+    (found,) = machine.cpu(None, 1)
     assert found.state == "ok"
     assert ("busy now" in found.what) is busy
     assert found.figures["load"] == load

@@ -6,6 +6,7 @@ import errno
 import os
 import resource
 import stat
+import time
 from pathlib import Path
 from typing import Any
 
@@ -222,6 +223,22 @@ def test_a_failure_half_way_leaves_no_file(
     with pytest.raises(KeyboardInterrupt):
         trunk_features(member, noise(), CPU, tmp_path, fail)
     assert files(tmp_path) == set()
+
+
+def test_what_killed_processes_left_goes_after_two_days_and_nothing_else(
+    member: Member, tmp_path: Path
+) -> None:
+    ours, recent, somebodys = (
+        tmp_path / name
+        for name in (".fedgestalt-a.partial", ".fedgestalt-b.partial", "film.partial")
+    )
+    for path, days in ((ours, 3), (recent, 1), (somebodys, 3)):
+        path.write_text("")
+        then = time.time() - days * 24 * 3600
+        os.utime(path, (then, then))
+    trunk_features(member, noise(), CPU, tmp_path)
+    assert files(tmp_path) > {recent.name, somebodys.name}
+    assert ours.name not in files(tmp_path)
 
 
 def test_a_cache_that_cannot_be_made_is_an_error(member: Member, tmp_path: Path) -> None:
