@@ -8,9 +8,11 @@ import threading
 from collections.abc import Mapping
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fedgestalt.federation.job import watch as watch_module
-from fedgestalt.federation.job.watch import SiteState, SiteWatch
+from fedgestalt.federation.job.watch import SiteState, SiteWatch, pause_between_pings
 
 SITES = ("berlin", "bonn", "leuven")
 START_LIMIT, SILENCE_LIMIT = 120.0, 30.0
@@ -251,3 +253,13 @@ def test_a_question_that_fails_does_not_end_the_watch(
         watch.stop()
         watch._thread.join(10)
     assert "could not be asked whether they are alive" in caplog.text
+
+
+@given(sites=st.integers(1, 500), silence=st.floats(10, 3600))
+def test_many_sites_are_asked_less_often_but_often_enough(sites: int, silence: float) -> None:
+    pause = pause_between_pings(sites, silence)
+    assert pause >= 2
+    assert pause <= silence / 4
+    assert sites / pause <= 1.5 + 1e-9 or pause == silence / 4
+    assert pause_between_pings(3, 30) == 2
+    assert pause_between_pings(15, 60) == 10

@@ -22,6 +22,9 @@ PING: Final = "fgm.ping"
 PING_SECONDS: Final = 2.0
 PING_TIMEOUT_SECONDS: Final = 5.0
 
+_SITES_AT_ONCE: Final = 3
+_IN_A_SILENCE: Final = 4
+
 Ask = Callable[[], Mapping[str, object]]
 """Asks all sites; returns the answers (what, fraction, place) of those that gave one."""
 
@@ -66,6 +69,7 @@ class SiteWatch:
         self._heard: dict[str, float] = {}
         self._work: dict[str, tuple[str, float]] = {}
         self._places: dict[str, str] = {}
+        self._pause = pause_between_pings(len(self._sites), silence_limit_seconds)
         self._lock, self._end = threading.Lock(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="site watch", daemon=True)
 
@@ -78,7 +82,7 @@ class SiteWatch:
         self._end.set()
 
     def _run(self) -> None:
-        while not self._end.wait(PING_SECONDS):
+        while not self._end.wait(self._pause):
             try:
                 self.step()
             except Exception:  # a failed question must not make every site look silent
@@ -144,3 +148,15 @@ class SiteWatch:
             what, fraction = self._work.get(site, ("", 0.0))
         ago = None if last is None else self._clock() - last
         return SiteState(ago, what, fraction)
+
+
+def pause_between_pings(sites: int, silence_limit_seconds: float) -> float:
+    """Seconds from one question to the next.
+
+    FLARE's stream of each answer keeps a thread at the server for as long as it could be sent again
+    (330 seconds with the kits' settings), so that with many sites questions are further apart: at
+    most one and a half answers a second come in, 500 threads. Four questions still fall into the
+    silence after which a site is given up.
+    """
+    steady = PING_SECONDS * max(1.0, sites / _SITES_AT_ONCE)
+    return max(PING_SECONDS, min(steady, silence_limit_seconds / _IN_A_SILENCE))
