@@ -71,6 +71,7 @@ def _changed(
     """The usual schedule of a side with what the command line says otherwise."""
     rounds, epochs = rounds_and_epochs or (usual.rounds, usual.epochs)
     momentum = usual.momentum if arguments.momentum is None else arguments.momentum
+    rate = arguments.server_learning_rate or usual.learning_rate
     training = {**usual.training, **dict(arguments.training)}
     return dataclasses.replace(
         usual,
@@ -79,6 +80,7 @@ def _changed(
         training=training,
         momentum=momentum,
         neck=arguments.neck,
+        learning_rate=rate,
     )
 
 
@@ -168,6 +170,7 @@ def read_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--neck", choices=(QUARTERS, FULL), default=QUARTERS)
     parser.add_argument("--momentum", type=float, help="of the server")
+    parser.add_argument("--server-learning-rate", type=float, help="of the server's optimiser")
     parser.add_argument(
         "--validation", action="store_true", help="rank validation photographs: to choose settings"
     )

@@ -63,6 +63,9 @@ class Group:
         ]
         if schedule["momentum"] != usual.momentum:
             parts.append(f"momentum {schedule['momentum']:g}")
+        rate = schedule.get("learning_rate", usual.learning_rate)
+        if rate != usual.learning_rate:
+            parts.append(f"server learning rate {rate:g}")
         parts += ["full neck"] if schedule["neck"] == FULL else []
         return cls(s["cohort"], s["side"], s["sites"], s["split"], ", ".join(parts))
 

@@ -55,3 +55,14 @@ def plain_five(five_sites: Consortium) -> Plain:
 def kits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Startup kits of three sites, as far as identities go."""
     return write_kits(tmp_path_factory.mktemp("kits") / "kits", ("berlin", "bonn", "leuven"))
+
+
+@pytest.fixture(scope="module")
+def trained(
+    tmp_path_factory: pytest.TempPathFactory, four_sites: Consortium
+) -> tuple[Consortium, str]:
+    """Three of four sites have trained; with the ensemble's digest."""
+    consortium = Consortium(tmp_path_factory.mktemp("trained"), source=four_sites)
+    run = consortium.run(TrainingJob(ensemble=one_network(), rounds=1, sites=FOUR[:3]))
+    assert run.outcome["status"] == "completed", run.outcome
+    return consortium, run.outcome["ensemble"]

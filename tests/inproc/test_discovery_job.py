@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -208,6 +208,17 @@ def _swap(values: np.ndarray) -> np.ndarray:
     return values[::-1].copy()
 
 
+def tampering(at: str, task: str, key: str, change: Callable[[Any], Any]) -> Any:
+    """Changes one field of the messages of one task at one site."""
+
+    def tamper(site: str, name: str, data: Shareable) -> Shareable:
+        if (site, name) == (at, task):
+            data["fedgestalt"][key] = change(data["fedgestalt"][key])
+        return data
+
+    return tamper
+
+
 @pytest.mark.parametrize(
     ("key", "change", "says"),
     [
@@ -226,12 +237,7 @@ def test_a_server_that_meddles_with_groups_is_caught(
     change: Any,
     says: str,
 ) -> None:
-    def tamper(site: str, name: str, data: Shareable) -> Shareable:
-        if (site, name) == ("bonn", "fgm_groups"):
-            data["fedgestalt"][key] = change(data["fedgestalt"][key])
-        return data
-
-    monkeypatch.setattr(willing, "on_download", tamper)
+    monkeypatch.setattr(willing, "on_download", tampering("bonn", "fgm_groups", key, change))
     outcome = run_with(both_jobs)
     assert outcome["status"] == "failed"
     assert says in outcome["reason"]
@@ -282,12 +288,7 @@ def test_a_site_that_sends_wrong_cases_is_named(
     change: Any,
     says: str,
 ) -> None:
-    def tamper(site: str, name: str, data: Shareable) -> Shareable:
-        if (site, name) == ("leuven", "fgm_cases"):
-            data["fedgestalt"][key] = change(data["fedgestalt"][key])
-        return data
-
-    monkeypatch.setattr(willing, "on_upload", tamper)
+    monkeypatch.setattr(willing, "on_upload", tampering("leuven", "fgm_cases", key, change))
     outcome = run_with(both_jobs)
     assert outcome["status"] == "failed"
     assert says in outcome["reason"]

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from consortium import Consortium, Run, Script, one_network
+from consortium import Consortium, Run, Script
 from nvflare.apis.shareable import Shareable
 
 from fedgestalt.cohort import Cohort, read_cohort
@@ -20,7 +20,7 @@ from fedgestalt.federation.job.identity import Trust
 from fedgestalt.federation.matching.galleries import GALLERIES_FOLDER
 from fedgestalt.federation.matching.holdings import KernelStore
 from fedgestalt.federation.matching.messages import handles_digest, withdrawal_statement
-from fedgestalt.jobs import GalleryJob, JobSpec, MatchingJob, OnboardingJob, TrainingJob
+from fedgestalt.jobs import GalleryJob, JobSpec, MatchingJob, OnboardingJob
 from fedgestalt.similarity.kernel import Kernel
 
 THREE, NEWCOMER = ("berlin", "bonn", "leuven"), "ulm"
@@ -87,17 +87,6 @@ class Life:
     @property
     def images(self) -> dict[str, int]:
         return {site: len(cohort.images) for site, cohort in self.consortium.silos.items()}
-
-
-@pytest.fixture(scope="module")
-def trained(
-    tmp_path_factory: pytest.TempPathFactory, four_sites: Consortium
-) -> tuple[Consortium, str]:
-    """Three of four sites have trained."""
-    consortium = Consortium(tmp_path_factory.mktemp("trained"), source=four_sites)
-    run = consortium.run(TrainingJob(ensemble=one_network(), rounds=1, sites=THREE))
-    assert run.outcome["status"] == "completed", run.outcome
-    return consortium, run.outcome["ensemble"]
 
 
 @pytest.fixture

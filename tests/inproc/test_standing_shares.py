@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from consortium import Consortium, Run, Script, one_network
+from consortium import Consortium, Run, Script
 from nvflare.apis.shareable import Shareable
 from test_standing_gallery import NEWCOMER, THREE, Life, without
 
@@ -25,7 +25,7 @@ from fedgestalt.federation.matching.galleries import (
 from fedgestalt.federation.matching.holdings import KernelStore
 from fedgestalt.federation.matching.messages import handles_digest, withdrawal_statement
 from fedgestalt.federation.matching.shares import holdings
-from fedgestalt.jobs import GalleryJob, JobSpec, MatchingJob, OnboardingJob, TrainingJob
+from fedgestalt.jobs import GalleryJob, JobSpec, MatchingJob, OnboardingJob
 from fedgestalt.similarity.kernel import Kernel
 
 STRATEGY = "secret-shared"
@@ -77,16 +77,6 @@ def settled(consortium: Consortium, ensemble: Consortium, digest: str) -> Shared
     for site in THREE:
         shutil.copytree(ensemble.store(site), consortium.store(site))
     return SharedLife(consortium, digest)
-
-
-@pytest.fixture(scope="module")
-def trained(
-    tmp_path_factory: pytest.TempPathFactory, four_sites: Consortium
-) -> tuple[Consortium, str]:
-    consortium = Consortium(tmp_path_factory.mktemp("trained"), source=four_sites)
-    run = consortium.run(TrainingJob(ensemble=one_network(), rounds=1, sites=THREE))
-    assert run.outcome["status"] == "completed", run.outcome
-    return consortium, run.outcome["ensemble"]
 
 
 @pytest.fixture

@@ -6,9 +6,10 @@ import functools
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
+from numpy.typing import NDArray
 from nvflare.apis.event_type import EventType
 from nvflare.apis.executor import Executor
 from nvflare.apis.fl_constant import FLContextKey, ReturnCode
@@ -26,6 +27,7 @@ from fedgestalt.federation.job.identity import (
 )
 from fedgestalt.federation.job.places import place_of
 from fedgestalt.federation.job.progress import ProgressLog
+from fedgestalt.federation.job.transfer import download, upload
 from fedgestalt.federation.job.watch import PING
 from fedgestalt.federation.job.wire import body, fault_reply, to_shareable
 from fedgestalt.federation.site.labels import check_label_map
@@ -33,6 +35,7 @@ from fedgestalt.federation.site.settings import SiteSettings, read_settings
 from fedgestalt.hooks import get_registry
 from fedgestalt.hooks.registry import Registry
 from fedgestalt.messages import Message
+from fedgestalt.secagg import Words
 
 Handler = Callable[[object], Message]
 
@@ -42,12 +45,16 @@ class SiteExecutor(Executor):
 
     Before the first task is handled, the site's own policy decides whether it takes part in such
     jobs at all.
+
+    Args:
+        phase_limit_seconds: how long a transfer may take.
     """
 
     template: ClassVar[str]
 
-    def __init__(self) -> None:
+    def __init__(self, phase_limit_seconds: float = 3600.0) -> None:
         super().__init__()
+        self._limit = phase_limit_seconds
         self.site = self.job = self._place = ""
         self.progress: ProgressLog | None = None
         self._settings: SiteSettings | None = None
@@ -108,6 +115,35 @@ class SiteExecutor(Executor):
         if self._call is None:
             raise SiteError("no task has started yet")
         return self._call
+
+    def send(self, name: str, ticket: str, words: Words) -> None:
+        """Upload ``words``, which the server expects under this name and ticket."""
+        context, abort = self.call
+        upload(
+            context.get_engine(),
+            context,
+            name,
+            [words],
+            words.size,
+            ticket=ticket,
+            limit_seconds=self._limit,
+            should_stop=lambda: bool(abort.triggered),
+            progress=self.counter("upload"),
+        )
+
+    def fetch(self, name: str, into: NDArray[Any]) -> None:
+        """Download what the server offers under this name."""
+        context, abort = self.call
+        download(
+            context.get_engine(),
+            context,
+            name,
+            into.size,
+            into,
+            limit_seconds=self._limit,
+            should_stop=lambda: bool(abort.triggered),
+            progress=self.counter("download"),
+        )
 
     def _begin(self, fl_ctx: FLContext) -> None:
         workspace = fl_ctx.get_prop(FLContextKey.WORKSPACE_OBJECT)

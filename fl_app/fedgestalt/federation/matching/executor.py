@@ -5,15 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
-import numpy as np
-from numpy.typing import NDArray
-
 from fedgestalt.contracts import MatchingStrategy
 from fedgestalt.errors import ServerError
 from fedgestalt.federation import tasks
 from fedgestalt.federation.job.executor import Handler, SiteExecutor
 from fedgestalt.federation.job.handshake import Present, present, versions
-from fedgestalt.federation.job.transfer import download, upload
 from fedgestalt.federation.matching.answers import consider, keep_ranks, opened_shares
 from fedgestalt.federation.matching.enrolling import OwnRows, enrol_rows, enrol_shares
 from fedgestalt.federation.matching.exchange import KernelSite
@@ -65,8 +61,7 @@ class FlakeMatcher(SiteExecutor):
     purposes: ClassVar[tuple[str, ...]] = (MATCH, ONBOARD, GALLERY)
 
     def __init__(self, phase_limit_seconds: float = 3600.0) -> None:
-        super().__init__()
-        self._limit = phase_limit_seconds
+        super().__init__(phase_limit_seconds)
         self._matching: MatchingSite | None = None
         self._kernel_site: KernelSite | None = None
         self._own_rows: OwnRows | None = None
@@ -126,7 +121,7 @@ class FlakeMatcher(SiteExecutor):
         facts["label map"] = own.cohort.label_map_digest
         own.check_patients()
         own.check_terms()
-        self._matching, self._kernel_site = own, KernelSite(own, _Line(self, self._limit))
+        self._matching, self._kernel_site = own, KernelSite(own, self)
         return present(facts, certificate=self.identity.certificate)
 
     def check_start(self, start: MatchStart, strategy: MatchingStrategy) -> None:
@@ -236,37 +231,3 @@ class FlakeMatcher(SiteExecutor):
         if self._sharing is None:
             raise ServerError("shares came before they were asked for", where=self.site)
         return self._sharing
-
-
-class _Line:
-    """Transfers of the task that the executor works on; see :class:`Line`."""
-
-    def __init__(self, executor: SiteExecutor, limit_seconds: float) -> None:
-        self._executor, self._limit = executor, limit_seconds
-
-    def send(self, name: str, ticket: str, words: NDArray[np.uint32]) -> None:
-        context, abort = self._executor.call
-        upload(
-            context.get_engine(),
-            context,
-            name,
-            [words],
-            words.size,
-            ticket=ticket,
-            limit_seconds=self._limit,
-            should_stop=lambda: bool(abort.triggered),
-            progress=self._executor.counter("upload"),
-        )
-
-    def fetch(self, name: str, words: NDArray[np.uint32]) -> None:
-        context, abort = self._executor.call
-        download(
-            context.get_engine(),
-            context,
-            name,
-            words.size,
-            words,
-            limit_seconds=self._limit,
-            should_stop=lambda: bool(abort.triggered),
-            progress=self._executor.counter("download"),
-        )

@@ -46,8 +46,8 @@ class Line(Protocol):
     def send(self, name: str, ticket: str, words: NDArray[np.uint32]) -> None:
         """Upload ``words``, which the server expects under this name and ticket."""
 
-    def fetch(self, name: str, words: NDArray[np.uint32]) -> None:
-        """Download what the server offers under this name, into ``words``."""
+    def fetch(self, name: str, into: NDArray[np.uint32]) -> None:
+        """Download what the server offers under this name."""
 
 
 @dataclass

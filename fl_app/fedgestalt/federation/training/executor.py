@@ -19,7 +19,6 @@ from fedgestalt.errors import ServerError, SiteError
 from fedgestalt.federation import tasks
 from fedgestalt.federation.job.executor import Handler, SiteExecutor
 from fedgestalt.federation.job.handshake import Present, present
-from fedgestalt.federation.job.transfer import download, upload
 from fedgestalt.federation.site.features import CACHE_FOLDER, compute_ahead
 from fedgestalt.federation.site.outgoing import record_sent
 from fedgestalt.federation.training.checkpoints import MODELS_FOLDER, SiteCheckpoints
@@ -78,7 +77,6 @@ from fedgestalt.secagg import (
     Survivors,
     ThreatModel,
     UnmaskShares,
-    Words,
 )
 from fedgestalt.secagg.stream import calibrate
 
@@ -97,8 +95,8 @@ class EnsembleTrainer(SiteExecutor):
     template: ClassVar[str] = "train_ensemble"
 
     def __init__(self, ensemble: dict[str, Any], phase_limit_seconds: float = 3600.0) -> None:
-        super().__init__()
-        self._spec_fields, self._limit = ensemble, phase_limit_seconds
+        super().__init__(phase_limit_seconds)
+        self._spec_fields = ensemble
         self._trainer: LocalTrainer | None = None
         self._round: TrainRound | None = None
         self._update: SharedState | None = None
@@ -208,7 +206,7 @@ class EnsembleTrainer(SiteExecutor):
                 remedy="the others can go on without it",
             )
         flat = np.empty_like(model.flat)
-        self._download(digest.hex(), flat)
+        self.fetch(digest.hex(), flat)
         if not np.isfinite(flat).all():
             raise ServerError("the model holds NaN or infinity", where=self.site)
         model.load(flat)
@@ -288,7 +286,7 @@ class EnsembleTrainer(SiteExecutor):
         session.mask(words, threads=torch.get_num_threads())
         self._checkpoints.note_sent(self._facts.model_digest)
         record_sent(self.store, self.job, tasks.VECTOR, "masked vector", words.nbytes)
-        self._upload(self._facts.digest.hex(), words, message.ticket)
+        self.send(self._facts.digest.hex(), message.ticket, words)
         return Uploaded(self._facts.digest)
 
     def _endorse(self, fields: object) -> Endorsement:
@@ -312,7 +310,7 @@ class EnsembleTrainer(SiteExecutor):
         if self._last_record and message.previous != self._last_record:
             raise ServerError("the record before is not the one this site signed", where=self.site)
         words = np.empty(facts.plan.words, np.uint32)
-        self._download(message.session.hex(), words)
+        self.fetch(message.session.hex(), words)
         sum_digest = hashlib.sha256(words.data).digest()
         if facts.recipient is Recipient.SITES:
             session.unveil(words, survivors, threads=torch.get_num_threads())
@@ -373,35 +371,6 @@ class EnsembleTrainer(SiteExecutor):
         if self._session is None:
             raise ServerError("a message came without a session", where=self.site)
         return self._session
-
-    # transfers
-
-    def _upload(self, name: str, words: Words, ticket: str) -> None:
-        context, abort = self.call
-        upload(
-            context.get_engine(),
-            context,
-            name,
-            [words],
-            words.size,
-            ticket=ticket,
-            limit_seconds=self._limit,
-            should_stop=lambda: bool(abort.triggered),
-            progress=self.counter("upload"),
-        )
-
-    def _download(self, name: str, into: NDArray[Any]) -> None:
-        context, abort = self.call
-        download(
-            context.get_engine(),
-            context,
-            name,
-            into.size,
-            into,
-            limit_seconds=self._limit,
-            should_stop=lambda: bool(abort.triggered),
-            progress=self.counter("download"),
-        )
 
 
 @functools.cache
