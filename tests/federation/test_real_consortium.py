@@ -28,10 +28,10 @@ LIMIT_SECONDS = 90.0
 
 @pytest.fixture(scope="module")
 def hospitals(tmp_path_factory: pytest.TempPathFactory) -> Hospitals:
-    """Leuven releases fewer rows than the others."""
+    """Leuven releases fewer rows than the others; Bonn computes features in two processes."""
     return Hospitals(
         tmp_path_factory.mktemp("consortium"),
-        site_policy={"leuven": {"max_released_rows": 50}},
+        site_policy={"leuven": {"max_released_rows": 50}, "bonn": {"processes": 2}},
         roles={MEMBER: "member"},
     )
 
@@ -79,6 +79,13 @@ def test_nvflare_job_submit_trains_with_all_three(trained: dict[str, Any]) -> No
     assert trained["flare_status"] == "FINISHED:COMPLETED"
     assert trained["sites"] == list(SITES)
     assert trained["warnings"] == []
+
+
+def test_a_site_computes_features_in_as_many_processes_as_its_policy_says(
+    hospitals: Hospitals, trained: dict[str, Any]
+) -> None:
+    logs = {site: (hospitals.kit(site) / trained["job"] / "log.txt").read_text() for site in SITES}
+    assert {site for site in SITES if "2 processes compute features" in logs[site]} == {"bonn"}
 
 
 def test_progress_names_round_phase_sites_and_bytes(trained: dict[str, Any]) -> None:

@@ -79,6 +79,7 @@ def compute_features(
         DataError: a photograph cannot be read, or changed in the meantime.
         SiteError: the cache cannot be written, or a process ended without a word.
     """
+    log.info("%d processes compute features", processes)
     with _described(work) as file:
         command = [sys.executable, *_LAUNCHER, str(processes), "-m", __name__, str(file)]
         process = subprocess.Popen(  # noqa: S603  our own interpreter and module
