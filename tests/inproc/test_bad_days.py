@@ -140,9 +140,9 @@ def test_a_damaged_image_at_a_site_is_reported_without_its_name(tmp_path: Path) 
 
 def test_a_site_that_says_it_has_uploaded_and_has_not_is_named(tmp_path: Path) -> None:
     class Lazy(EnsembleTrainer):
-        def _upload(self, name: str, words: Any, ticket: str) -> None:
+        def send(self, name: str, ticket: str, words: Any) -> None:
             if self.site != "bonn":
-                super()._upload(name, words, ticket)
+                super().send(name, ticket, words)
 
     run = Consortium(tmp_path).run(JOB, lambda: Lazy(**JOB.executor_arguments()))
     assert reason(run) == "site 'bonn': its upload has 0 of 1 chunks; look at its log."

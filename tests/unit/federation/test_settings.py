@@ -59,6 +59,7 @@ def test_all_settings_are_read(local: Path) -> None:
         "label_map": "/agreed",
         "device": "cpu",
         "threads": 2,
+        "processes": 3,
         "jobs": ["match"],
         "partners": ["bonn", "leuven"],
         "excluded_sites": ["berlin"],
