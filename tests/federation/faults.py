@@ -165,7 +165,9 @@ def fall():
     {how}()
 
 def falls(module):
-    trainer, upload, calls = module.EnsembleTrainer, module.upload, []
+    from fedgestalt.federation.job import executor
+
+    trainer, upload, calls = module.EnsembleTrainer, executor.upload, []
     handlers, on_ping = trainer.handlers, trainer._on_ping
 
     def with_fall(self):
@@ -192,7 +194,7 @@ def falls(module):
         return on_ping(self, **arguments)
 
     trainer.handlers, trainer._on_ping = with_fall, ping
-    module.upload = upload_or_fall
+    executor.upload = upload_or_fall
 
 PATCHES = {{"fedgestalt.federation.training.executor": falls}}
 """
