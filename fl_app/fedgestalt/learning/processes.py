@@ -14,9 +14,8 @@ import logging
 import os
 import subprocess
 import sys
-import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final, Literal
 
@@ -36,8 +35,8 @@ from fedgestalt.learning.blocks import encoding_pictures, training_pictures
 from fedgestalt.learning.crew import Crew, join_crew
 from fedgestalt.learning.device import choose_device
 from fedgestalt.learning.encoding import trunk_key
-from fedgestalt.learning.ensemble import Ensemble, Member, build_ensemble
-from fedgestalt.learning.features import trunk_features
+from fedgestalt.learning.ensemble import build_ensemble
+from fedgestalt.learning.features import reserve_file, trunk_features
 from fedgestalt.learning.images import FaceFiles
 from fedgestalt.learning.spec import EnsembleSpec, Spec
 from fedgestalt.learning.training import MemberProgress, show_nothing
@@ -64,6 +63,15 @@ class FeatureWork(Spec):
     device: Literal["auto", "cpu", "cuda"]
     threads: int = Field(ge=1, description="of each process")
 
+    @property
+    def members(self) -> tuple[int, ...]:
+        """Places of the members whose features a job looks for: those with a frozen trunk."""
+        return tuple(
+            place
+            for place, member in enumerate(self.ensemble.members)
+            if member.trainable != "all" and (self.seed is None or member.trainable != "none")
+        )
+
 
 def compute_features(
     work: FeatureWork, processes: int, progress: MemberProgress = show_nothing
@@ -79,11 +87,14 @@ def compute_features(
         DataError: a photograph cannot be read, or changed in the meantime.
         SiteError: the cache cannot be written, or a process ended without a word.
     """
+    if not work.members or not work.photographs:
+        return
     log.info("%d processes compute features", processes)
-    with _described(work) as file:
-        command = [sys.executable, *_LAUNCHER, str(processes), "-m", __name__, str(file)]
+    file = reserve_file(work.cache, 0)
+    try:
+        file.write_text(work.model_dump_json(), encoding="utf-8")
         process = subprocess.Popen(  # noqa: S603  our own interpreter and module
-            command,
+            [sys.executable, *_LAUNCHER, str(processes), "-m", __name__, str(file)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -95,6 +106,8 @@ def compute_features(
             with contextlib.suppress(OSError):
                 process.stdin.close()  # type: ignore[union-attr]
             process.wait()
+    finally:
+        file.unlink(missing_ok=True)
     if fault is not None:
         raise fault
     if process.returncode:
@@ -102,19 +115,6 @@ def compute_features(
             "the processes that compute features ended before they were done",
             remedy="its own log says why; set processes to 1 to compute in the job's own process",
         )
-
-
-@contextlib.contextmanager
-def _described(work: FeatureWork) -> Iterator[Path]:
-    """A file that says what to do, readable by its user alone, for as long as it is needed."""
-    try:
-        work.cache.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with tempfile.NamedTemporaryFile("w", dir=work.cache, suffix=".json") as file:
-            file.write(work.model_dump_json())
-            file.flush()
-            yield Path(file.name)
-    except OSError as error:
-        raise SiteError(f"the feature cache cannot be written ({error.strerror})") from None
 
 
 def _listen(process: subprocess.Popen[str], progress: MemberProgress) -> FedgestaltError | None:
@@ -143,10 +143,15 @@ def work_in_crew(work: FeatureWork, crew: Crew) -> None:
     records = (ImageRecord(path.stem, "", UNSOLVED, path) for path in work.photographs)
     with crew.together():
         registry = get_registry().with_weights(work.weights)
-        ensemble = build_ensemble(work.ensemble, _CLASSES, registry)
+        members = build_ensemble(work.ensemble, _CLASSES, registry).members
         faces, device = FaceFiles(tuple(records)), choose_device(work.device)
-    for index, member in _wanted(ensemble, work.seed is None):
+    trunks: set[str] = set()
+    for index in work.members:
+        member = members[index]
         if work.seed is None:
+            if trunk_key(member) in trunks:
+                continue
+            trunks.add(trunk_key(member))
             pictures = encoding_pictures(faces)
         else:
             count = member.spec.training.variants
@@ -157,14 +162,6 @@ def work_in_crew(work: FeatureWork, crew: Crew) -> None:
                 _say(_PROGRESS, name, done, total)
 
         trunk_features(member, pictures, device, work.cache, tell)
-
-
-def _wanted(ensemble: Ensemble, encoding: bool) -> list[tuple[int, Member]]:
-    """Members with their places whose features are looked for in a cache."""
-    frozen = [(i, m) for i, m in enumerate(ensemble.members) if m.trunk_is_frozen]
-    if encoding:
-        return list({trunk_key(member): (i, member) for i, member in reversed(frozen)}.values())
-    return [(index, member) for index, member in frozen if member.trained_parts]
 
 
 def _say(*words: object) -> None:

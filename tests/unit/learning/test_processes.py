@@ -108,17 +108,33 @@ def test_a_photograph_that_cannot_be_read_is_a_sentence_and_leaves_nothing(
     assert contents(tmp_path / "cache") == {}
 
 
-def test_weights_that_are_not_there_are_a_sentence(tmp_path: Path) -> None:
+def test_where_there_is_nothing_to_compute_nothing_is_started(
+    photographs: tuple[Path, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "_LAUNCHER", ("-c", "raise SystemExit(3)"))
+    compute_features(work_on((), tmp_path), 2)
+    (_, whole, same, _) = ensemble().members
+    for members, seed in (((whole, same), 7), ((whole,), None)):
+        work = work_on(photographs, tmp_path, seed=seed)
+        compute_features(work.model_copy(update={"ensemble": EnsembleSpec(members=members)}), 2)
+    assert contents(tmp_path) == {}
+
+
+def test_weights_that_are_not_there_are_a_sentence(
+    photographs: tuple[Path, ...], tmp_path: Path
+) -> None:
     member = MemberSpec(name="a", backbone="arcface-onnx", options={"weights": "absent.onnx"})
-    work = work_on((), tmp_path / "cache")
+    work = work_on(photographs, tmp_path / "cache")
     with pytest.raises(SiteError, match=r"absent\.onnx"):
         compute_features(work.model_copy(update={"ensemble": EnsembleSpec(members=(member,))}), 2)
 
 
-def test_a_cache_that_cannot_be_written_is_a_sentence(tmp_path: Path) -> None:
+def test_a_cache_that_cannot_be_written_is_a_sentence(
+    photographs: tuple[Path, ...], tmp_path: Path
+) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(SiteError, match="the feature cache cannot be written"):
-        compute_features(work_on((), tmp_path / "file" / "cache"), 2)
+        compute_features(work_on(photographs, tmp_path / "file" / "cache"), 2)
 
 
 def test_processes_that_end_without_a_word_are_a_sentence(

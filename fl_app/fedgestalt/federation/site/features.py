@@ -44,7 +44,7 @@ def compute_ahead(
     """
     cache = settings.store_folder(site) / CACHE_FOLDER
     photographs = tuple(record.path.absolute() for record in records)
-    if settings.processes > 1 and photographs:
+    if settings.processes > 1:
         work = FeatureWork(
             ensemble=ensemble,
             photographs=photographs,
