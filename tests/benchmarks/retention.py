@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import json
 import sys
@@ -40,6 +41,7 @@ from retention_study import (
 )
 
 from fedgestalt.errors import FedgestaltError
+from fedgestalt.federation.training.model import Optimiser
 
 
 def settings(arguments: argparse.Namespace) -> Iterator[Setting]:
@@ -47,12 +49,7 @@ def settings(arguments: argparse.Namespace) -> Iterator[Setting]:
     for cohort, seed in itertools.product(arguments.cohort, range(1, arguments.seeds + 1)):
         common = {"cohort": cohort, "seed": seed, "on_validation": arguments.validation}
         for rounds_and_epochs in arguments.schedules or [None]:
-
-            def schedule(
-                side: str, rule: str = "", changed: tuple[int, int] | None = rounds_and_epochs
-            ) -> Schedule:
-                return _changed(usual_schedule(side, rule), changed, arguments)
-
+            schedule = functools.partial(_schedule, arguments, rounds_and_epochs)
             if "centralised" in arguments.sides:
                 yield Setting(side="centralised", schedule=schedule("centralised"), **common)
             for split, sites in itertools.product(arguments.splits, arguments.sites):
@@ -65,13 +62,20 @@ def settings(arguments: argparse.Namespace) -> Iterator[Setting]:
                     yield Setting(side="local-only", schedule=schedule("local-only"), **place)
 
 
-def _changed(
-    usual: Schedule, rounds_and_epochs: tuple[int, int] | None, arguments: argparse.Namespace
+def _schedule(
+    arguments: argparse.Namespace,
+    rounds_and_epochs: tuple[int, int] | None,
+    side: str,
+    rule: str = "",
 ) -> Schedule:
     """The usual schedule of a side with what the command line says otherwise."""
+    usual = usual_schedule(side, rule)
     rounds, epochs = rounds_and_epochs or (usual.rounds, usual.epochs)
     momentum = usual.momentum if arguments.momentum is None else arguments.momentum
-    rate = arguments.server_learning_rate or usual.learning_rate
+    optimiser, rate = usual.optimiser, usual.learning_rate
+    if side == "federated":
+        optimiser = arguments.server_optimiser or optimiser
+        rate = arguments.server_learning_rate or rate
     training = {**usual.training, **dict(arguments.training)}
     return dataclasses.replace(
         usual,
@@ -80,6 +84,7 @@ def _changed(
         training=training,
         momentum=momentum,
         neck=arguments.neck,
+        optimiser=optimiser,
         learning_rate=rate,
     )
 
@@ -170,6 +175,7 @@ def read_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--neck", choices=(QUARTERS, FULL), default=QUARTERS)
     parser.add_argument("--momentum", type=float, help="of the server")
+    parser.add_argument("--server-optimiser", choices=[kind.value for kind in Optimiser])
     parser.add_argument("--server-learning-rate", type=float, help="of the server's optimiser")
     parser.add_argument(
         "--validation", action="store_true", help="rank validation photographs: to choose settings"

@@ -20,7 +20,7 @@ from typing import Any, Final
 import numpy as np
 from markupsafe import escape
 from numpy.typing import NDArray
-from retention_study import ENSEMBLE, FULL, SPLITS, TRAINED, UNTOUCHED, usual_schedule
+from retention_study import ENSEMBLE, FULL, SPLITS, TRAINED, UNTOUCHED, Schedule, usual_schedule
 
 TOP_K: Final = (1, 5, 10)
 TARGETS: Final = {"near-uniform": 0.99, "non-overlapping": 0.97}
@@ -63,7 +63,11 @@ class Group:
         ]
         if schedule["momentum"] != usual.momentum:
             parts.append(f"momentum {schedule['momentum']:g}")
-        rate = schedule.get("learning_rate", usual.learning_rate)
+        plain = Schedule()
+        optimiser = schedule.get("optimiser", plain.optimiser)
+        if optimiser != usual.optimiser:
+            parts.append(f"server {optimiser}")
+        rate = schedule.get("learning_rate", plain.learning_rate)
         if rate != usual.learning_rate:
             parts.append(f"server learning rate {rate:g}")
         parts += ["full neck"] if schedule["neck"] == FULL else []

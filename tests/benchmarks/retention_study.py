@@ -375,9 +375,10 @@ class Setting:
     def facts(self) -> dict[str, Any]:
         """As a line of the result says them."""
         facts = dataclasses.asdict(self)
-        if facts["schedule"]["optimiser"] == Schedule().optimiser:
-            for name in ("optimiser", "learning_rate"):
-                del facts["schedule"][name]
+        schedule, usual = facts["schedule"], Schedule()
+        for name in ("optimiser", "learning_rate"):  # lines of runs without them stay what they are
+            if schedule[name] == getattr(usual, name):
+                del schedule[name]
         return facts
 
 

@@ -157,3 +157,24 @@ def test_a_drawn_subject_brings_all_its_photographs() -> None:
     found = Draws([run]).accuracy(run, "ensemble")[0]
     assert found[0] == 2 / 3
     assert set(found) == {0, 2 / 3, 1}
+
+
+def test_settings_that_differ_have_lines_of_their_own() -> None:
+    words = ["--cohort", "synthetic", "--seeds", "1", "--sides", "federated", "--sites", "4"]
+    words += ["--splits", "near-uniform", "--rules", "adaptive", "mean"]
+    changes: list[list[str]] = [
+        [],
+        ["--server-learning-rate", "0.5"],
+        ["--server-optimiser", "sgd"],
+        ["--server-optimiser", "adam"],
+        ["--momentum", "0.1"],
+        ["--training", "batch_norm=local"],
+    ]
+    found = {
+        retention.key_of(setting.facts())
+        for change in changes
+        for setting in retention.settings(retention.read_arguments(words + change))
+    }
+    assert len(found) == 2 * len(changes) - 2, "each rule has one of the two optimisers anyway"
+    methods = {Group.of({"setting": json.loads(key)}).method for key in found}
+    assert len(methods) == len(found)

@@ -17,7 +17,6 @@ from fedgestalt.learning.ensemble import (
     build_ensemble,
     is_statistic,
     read_shared_state,
-    write_shared_state,
 )
 from fedgestalt.learning.normalisation import PooledNorms
 from fedgestalt.learning.spec import EnsembleSpec, MemberSpec, TrainingSpec
@@ -87,13 +86,10 @@ def ensemble(batch_norm: str, **changes: object) -> Ensemble:
     spec = TrainingSpec(optimiser="sgd", learning_rate=1e-2, head_learning_rate=1e-2, **settings)
     member = MemberSpec(name="a", backbone="iresnet", options=options, training=spec)
     built = build_ensemble(EnsembleSpec(members=(member,)), 3, get_registry())
+    trainer = LocalTrainer(built, some_set([0, 1, 2]), CPU, 1)
+    trainer.run_round(read_shared_state(built), 1)
     norms = spec.model_copy(update={"batch_norm": batch_norm})
     built.members[0].spec = member.model_copy(update={"training": norms})
-    trainer = LocalTrainer(built, some_set([0, 1, 2]), CPU, 1)
-    trainer.ensemble.members[0].spec = member
-    state, _ = trainer.run_round(read_shared_state(built), 1)
-    built.members[0].spec = member.model_copy(update={"training": norms})
-    write_shared_state(built, state)
     return built
 
 
