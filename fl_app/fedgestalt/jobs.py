@@ -7,6 +7,7 @@ entry; plugins are chosen by name inside arguments.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -350,9 +351,12 @@ def with_settings(job: JobT, settings: Mapping[str, str]) -> JobT:
         if isinstance(place, list) and (not isinstance(index, int) or index >= len(place)):
             raise ConfigError(f"{key!r} names no item of its list", where=where)
         try:
-            place[index] = yaml.safe_load(value)
+            place[index] = chosen = yaml.safe_load(value)
         except (yaml.YAMLError, TypeError):
             raise ConfigError(f"{key!r} cannot be set to {value!r}", where=where) from None
+        if isinstance(chosen, dict | list):  # later pairs may name what it leaves to the defaults
+            with contextlib.suppress(ConfigError):
+                fields = read_options(type(job), fields, where=where).model_dump(mode="json")
     return read_options(type(job), fields, where=where)
 
 

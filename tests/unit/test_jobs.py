@@ -392,6 +392,26 @@ def test_an_unknown_key_names_the_nearest_known_one(key: str, advice: str) -> No
     assert advice in fault.value.remedy
 
 
+def test_members_that_are_named_anew_can_be_set_further() -> None:
+    job = with_settings(
+        TrainingJob(),
+        {
+            "ensemble.members": "[{name: a, backbone: sface}, {name: b}]",
+            "ensemble.members.1.backbone": "sface",
+        },
+    )
+    assert [member.backbone for member in job.ensemble.members] == ["sface", "sface"]
+    further = with_settings(
+        job,
+        {
+            "ensemble.members": "[{name: c, backbone: sface}]",
+            "ensemble.members.0.training.epochs": "9",
+        },
+    )
+    (member,) = further.ensemble.members
+    assert member.training == TrainingSpec(epochs=9)
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [
