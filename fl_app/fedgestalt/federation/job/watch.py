@@ -154,9 +154,9 @@ def pause_between_pings(sites: int, silence_limit_seconds: float) -> float:
     """Seconds from one question to the next.
 
     FLARE's stream of each answer keeps a thread at the server for as long as it could be sent again
-    (330 seconds with the kits' settings), so that with many sites questions are further apart: at
-    most one and a half answers a second come in, 500 threads. Four questions still fall into the
-    silence after which a site is given up.
+    (330 seconds with the kits' settings), so with many sites questions are further apart: one and a
+    half answers a second come in, 500 threads; or more, where four questions would not fall into
+    the silence after which a site is given up.
     """
     steady = PING_SECONDS * max(1.0, sites / _SITES_AT_ONCE)
     return max(PING_SECONDS, min(steady, silence_limit_seconds / _IN_A_SILENCE))
